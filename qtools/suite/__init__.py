@@ -1,0 +1,1 @@
+"""The course as a whole: running its chapters, its results, figures and claims."""

@@ -1,0 +1,89 @@
+"""The command line: exit statuses, one-line errors, and nothing heavy loaded for a help text."""
+
+import subprocess
+import sys
+
+import pytest
+
+from qtools import cli
+from qtools.suite import check
+
+
+def test_help_names_both_commands_and_loads_nothing_heavy() -> None:
+    code = "import sys; from qtools.cli import main\ntry: main(['--help'])\nexcept SystemExit: print(*sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert " run " in said and " check " in said
+    assert not {"numpy", "torch", "onnx", "onnxruntime", "matplotlib", "tqdm", "nbformat"} & set(said.split())
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["run", "99"], "unknown chapter '99': choose from"),
+        (["run", "-p", "N"], "'N': expected NAME=VALUE"),
+        (["run", "-p", "=3"], "'=3': expected NAME=VALUE"),
+        (["run", "--jobs", "0"], "'0': expected a whole number of at least 1"),
+        (["walk"], "invalid choice: 'walk'"),
+    ],
+)
+def test_a_wrong_command_gets_one_clear_line_and_status_2(
+    args: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks/01_one.ipynb").write_text("{}")
+    monkeypatch.setattr(cli, "ROOT", tmp_path)
+    try:
+        status = cli.main(args)
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_arguments_reach_the_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    monkeypatch.setattr("qtools.suite.run.run", lambda *args: called.append(args) or 1)
+    assert cli.main(["run", "1", "2", "-p", "A=x=y", "-p", "B=", "--jobs", "3", "--output", "here"]) == 1
+    root, chapters, params, jobs, output = called[0]
+    assert (root, chapters, params, jobs) == (cli.ROOT, ["1", "2"], {"A": "x=y", "B": ""}, 3)
+    assert str(output) == "here"
+
+
+def test_check_finds_everything_the_tests_need(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("[ok]      torch ") for line in lines)
+    assert any("HTP backend" in line for line in lines)
+    assert all(line.startswith(("[ok] ", "[missing] ", " ")) for line in lines[:-1])
+
+
+def test_check_names_a_missing_package_and_its_mending(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(name: str) -> str:
+        if name in ("scipy", "gguf", "onnxruntime-qnn"):
+            raise check.PackageNotFoundError(name)
+        return "0.0.1" if name == "numpy" else "999"
+
+    monkeypatch.setattr(check, "version", gone)
+    assert check.check(cli.ROOT) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("[missing] scipy: ") and "pip install scipy==" in line for line in lines)
+    assert any(line.startswith("[missing] numpy 0.0.1 is too old") for line in lines)
+    assert any(line.startswith("[missing] gguf for bench (optional): ") for line in lines)
+    assert any(line.startswith("[missing] ") and "HTP backend (optional)" in line for line in lines)
+    assert lines[-1] == "2 required missing"
+
+
+def test_check_says_when_a_version_is_not_the_tested_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "version", lambda name: "999")
+    assert check.check(cli.ROOT) == 0
+    assert "[ok]      scipy 999 (tested with " in capsys.readouterr().out
+
+
+def test_check_respects_the_switch(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QTOOLS_HTP", "0")
+    assert check.check(cli.ROOT) == 0
+    assert "[missing] HTP backend (optional): switched off by QTOOLS_HTP=0" in capsys.readouterr().out
