@@ -1,0 +1,374 @@
+"""Compiled one-pass kernels behind `qtools.affine` for large float32 arrays on the CPU.
+
+They give bit for bit what the plain array code in `affine` gives (the tests hold them to it) while touching memory
+once.  A tensor and its blocks are folded to three axes (outer, middle, inner); two threads or more share the rows.
+Ranges are taken on the *integer* image of the floats: IEEE-754 bit patterns, with the lower 31 bits of negatives
+flipped, sort like the numbers themselves, so one integer min/max finds the range and any NaN or infinity at once.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numba
+import numpy as np
+from array_api_compat import is_torch_array
+
+from qtools.affine import Array, Grid, QParams, SymmetricScale, blocks_of, qparams_from_range, symmetric_divisors
+
+_SLAB = 1 << 21  # elements a thread works through at a time; fewer and Python's own overhead shows
+_SMALLEST, _LARGEST = np.finfo(np.float32).smallest_normal, np.finfo(np.float32).max
+_CODES = ("int8", "uint8", "int16", "uint16")
+_jit = numba.njit(nogil=True, cache=True)
+
+
+def takes(x: Array, qparams: QParams | None) -> bool:
+    """Whether `x` is a contiguous CPU array of float32, or of codes whose scale is float32."""
+    wanted = ("float32",) if qparams is None else _CODES
+    if str(x.dtype).removeprefix("torch.") not in wanted:
+        return False
+    if qparams is not None and not str(qparams.scale.dtype).endswith("float32"):
+        return False
+    if is_torch_array(x):
+        return x.device.type == "cpu" and x.is_contiguous() and not x.requires_grad
+    return isinstance(x, np.ndarray) and x.flags.c_contiguous and x.dtype.isnative
+
+
+def quantize(x: Array, qparams: QParams, out: Array | None = None) -> Array:
+    """See `affine.quantize`; rule 'onnx'."""
+    source, grid = _numpy(x), qparams.grid
+    codes = np.empty(source.shape, grid.dtype) if out is None else _numpy(out)
+    if any(_each_slab(_quantize_rows, source, codes, qparams, grid.qmin, grid.qmax)):
+        raise ValueError("cannot quantize NaN: no code stands for it")
+    return _like(codes, x) if out is None else out
+
+
+def fake_quantize(x: Array, qparams: QParams, out: Array | None = None) -> Array:
+    """See `affine.fake_quantize`."""
+    source, grid = _numpy(x), qparams.grid
+    result = np.empty_like(source) if out is None else _numpy(out)
+    if any(_each_slab(_fake_rows, source, result, qparams, grid.qmin, grid.qmax)):
+        raise ValueError("cannot quantize NaN: no code stands for it")
+    return _like(result, x) if out is None else out
+
+
+def dequantize(codes: Array, qparams: QParams, out: Array | None = None) -> Array:
+    """See `affine.dequantize`."""
+    source = _numpy(codes)
+    result = np.empty(source.shape, np.float32) if out is None else _numpy(out)
+    _each_slab(_dequantize_rows, source, result, qparams, 0, 0)
+    return _like(result, codes) if out is None else out
+
+
+def block_ranges(x: Array, block_size: tuple[int, ...]) -> tuple[Array, Array]:
+    """See `affine.block_ranges`."""
+    source = _numpy(x)
+    counts = tuple(count for count, _ in blocks_of(source.shape, block_size))
+    folded = _fold(source.shape, block_size)
+    if _whole(folded):
+        parts = _threads(lambda a, b: _range_rows(source.reshape(1, -1)[:, a:b].view(np.int32), b - a), source.size)
+        low, high = _floats(min(p[0].min() for p in parts)), _floats(max(p[1].max() for p in parts))
+    elif _row_blocks(folded):
+        rows = source.reshape(-1, folded[2][0])
+        width = folded[2][1]
+        parts = _threads(lambda a, b: _range_rows(rows[a:b].view(np.int32), width), len(rows), folded[2][0])
+        low, high = (_floats(np.concatenate([p[i] for p in parts])) for i in (0, 1))
+    else:
+        low, high = _plain_ranges(source, folded)
+    return tuple(_like(np.reshape(part, counts), x) for part in (low, high))
+
+
+def choose_and_quantize(
+    x: Array, grid: Grid, symmetric_scale: SymmetricScale, eps: float | None, out: Array | None = None
+) -> tuple[Array, QParams]:
+    """See `affine.choose_and_quantize`: one pass where every block lies within a row."""
+    source = _numpy(x)
+    folded = _fold(source.shape, grid.block_size)
+    if _whole(folded) or not _row_blocks(folded):
+        return _in_two_passes(x, grid, symmetric_scale, eps, out)
+    length, width = folded[2]
+    codes = np.empty(source.shape, grid.dtype) if out is None else _numpy(out)
+    rows, flat = source.reshape(-1, length), codes.reshape(-1, length)
+    scale, zero_point = (np.empty((len(rows), -(-length // width)), kind) for kind in (np.float32, np.int32))
+    above, below = symmetric_divisors(grid, symmetric_scale)
+    numbers = grid.qmin, grid.qmax, grid.midpoint, above, below, eps or 0.0
+
+    def slab(a: int, b: int) -> int:
+        return _choose_rows(rows[a:b], flat[a:b], scale[a:b], zero_point[a:b], width, grid.symmetric, *numbers)
+
+    if any(_threads(slab, len(rows), length)):
+        # Some block has no scale: the plain road says why.
+        return _in_two_passes(x, grid, symmetric_scale, eps, out)
+    counts = tuple(count for count, _ in blocks_of(source.shape, grid.block_size))
+    qparams = QParams(grid, *(_like(part.reshape(counts), x) for part in (scale, zero_point)))
+    return (_like(codes, x) if out is None else out), qparams
+
+
+def _in_two_passes(
+    x: Array, grid: Grid, symmetric_scale: SymmetricScale, eps: float | None, out: Array | None
+) -> tuple[Array, QParams]:
+    low, high = block_ranges(x, grid.block_size)
+    qparams = qparams_from_range(low, high, grid, symmetric_scale=symmetric_scale, eps=eps)
+    return quantize(x, qparams, out), qparams
+
+
+# -- folding and threads ---------------------------------------------------------------------------------------------
+
+Axis = tuple[int, int]  # length, block length
+
+
+def _fold(shape: tuple[int, ...], block_size: tuple[int, ...]) -> list[Axis]:
+    """Merge neighbouring axes that are both whole or both of block 1, and pad to three axes with ones."""
+    if not block_size:
+        return [(1, 1), (1, 1), (math.prod(shape), math.prod(shape))]
+    folded: list[Axis] = []
+    for length, (_, size) in zip(shape, blocks_of(shape, block_size)):
+        if length == 1:
+            continue
+        last = folded[-1] if folded else None
+        if last and last[1] == 1 and size == 1:
+            folded[-1] = (last[0] * length, 1)
+        elif last and last[0] == last[1] and size == length:
+            folded[-1] = (last[0] * length, last[0] * length)
+        else:
+            folded.append((length, size))
+    if len(folded) > 3:
+        raise ValueError(
+            f"blocks {block_size} on a tensor of shape {shape} need more than three axes: split the tensor"
+        )
+    return [(1, 1)] * (3 - len(folded)) + folded
+
+
+def _whole(folded: list[Axis]) -> bool:
+    return all(length == size for length, size in folded)
+
+
+def _row_blocks(folded: list[Axis]) -> bool:
+    """Whether every block lies within one row, so that rows can be worked through one after the other."""
+    return folded[0][1] == folded[1][1] == 1 and folded[2][1] > 1
+
+
+def _plain_ranges(source: np.ndarray, folded: list[Axis]) -> tuple[np.ndarray, np.ndarray]:
+    low = high = source.reshape([length for length, _ in folded])
+    for axis, (length, size) in enumerate(folded):
+        if size == length:
+            low, high = low.min(axis, keepdims=True), high.max(axis, keepdims=True)
+        elif size > 1:
+            starts = np.arange(0, length, size)
+            low, high = np.minimum.reduceat(low, starts, axis), np.maximum.reduceat(high, starts, axis)
+    return low, high
+
+
+def _each_slab(kernel: Any, source: np.ndarray, out: np.ndarray, qparams: QParams, *limits: int) -> list[Any]:
+    """Run a kernel over all rows; the whole tensor under one scale is cut anywhere."""
+    scale, zero_point = np.asarray(qparams.scale), np.asarray(qparams.zero_point)
+    blocks = blocks_of(source.shape, qparams.grid.block_size)
+    if scale.shape != tuple(count for count, _ in blocks):
+        raise ValueError(
+            f"scale of shape {scale.shape} does not fit a tensor of shape {source.shape} "
+            f"in blocks {qparams.grid.block_size}"
+        )
+    folded = _fold(source.shape, qparams.grid.block_size)
+    (outer, a), (middle, b), (inner, width) = folded
+    inner_blocks = -(-inner // width)
+    scale, zero_point = (
+        part.astype(kind, copy=False).reshape(-1, inner_blocks)
+        for part, kind in ((scale, np.float32), (zero_point, np.int32))
+    )
+    if _whole(folded):
+        x, y, first = source.reshape(1, -1), out.reshape(1, -1), np.zeros(1, np.intp)
+        return _threads(
+            lambda i, j: kernel(x[:, i:j], y[:, i:j], first, scale, zero_point, j - i, *limits), source.size
+        )
+    x, y = source.reshape(-1, inner), out.reshape(-1, inner)
+    row = (np.arange(outer)[:, None] // a * -(-middle // b) + np.arange(middle) // b).ravel()
+    return _threads(lambda i, j: kernel(x[i:j], y[i:j], row[i:j], scale, zero_point, width, *limits), len(x), inner)
+
+
+def _threads(work: Any, count: int, length: int = 1) -> list[Any]:
+    """``work(start, stop)`` over 0..count in slabs, on every core this process may use; results in order."""
+    step = max(1, _SLAB // length)
+    bounds = [(start, min(start + step, count)) for start in range(0, count, step)]
+    with ThreadPoolExecutor(_cores()) as pool:
+        # Backwards: a pass that follows another finds the end of the array still in the cache.
+        return list(pool.map(lambda bound: work(*bound), bounds[::-1]))[::-1]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _numpy(x: Array) -> np.ndarray:
+    return x.numpy() if is_torch_array(x) else x
+
+
+def _like(result: np.ndarray, x: Array) -> Array:
+    if not is_torch_array(x):
+        return result
+    import torch
+
+    return torch.as_tensor(result)
+
+
+# -- kernels ---------------------------------------------------------------------------------------------------------
+
+
+def _floats(keys: np.ndarray) -> np.ndarray:
+    """The floats whose sort keys these are; a key beyond that of infinity is a NaN."""
+    keys = np.asarray(keys, np.int32)
+    return (keys ^ (keys >> 31 & 0x7FFFFFFF)).view(np.float32)
+
+
+# The innermost loops run over slices from 0, so that the compiler can see that no index is negative and vectorise.
+
+
+@_jit
+def _range(bits):
+    low, high = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
+    for j in range(bits.size):
+        v = bits[j]
+        key = v ^ ((v >> np.int32(31)) & np.int32(0x7FFFFFFF))
+        low, high = min(low, key), max(high, key)
+    return low, high
+
+
+@_jit
+def _range_rows(bits, width):
+    """Lowest and highest sort key of every block of `width` along the rows of an int32 image of floats."""
+    rows, length = bits.shape
+    blocks = -(-length // width)
+    low, high = np.empty((rows, blocks), np.int32), np.empty((rows, blocks), np.int32)
+    for r in range(rows):
+        for k in range(blocks):
+            low[r, k], high[r, k] = _range(bits[r, k * width : (k + 1) * width])
+    return low, high
+
+
+@_jit
+def _choose(low, high, symmetric, qmin, qmax, midpoint, above, below, eps):
+    """`affine.qparams_from_range` for one block, in float32; the last value tells whether it was possible."""
+    low, high = min(low, np.float32(0)), max(high, np.float32(0))
+    if symmetric:
+        scale = max(high / above, -low / below)
+    else:
+        scale = (high / np.float32(2) - low / np.float32(2)) / np.float32(qmax - qmin) * np.float32(2)
+    if eps > 0:
+        scale = max(scale, np.float32(eps))
+    elif scale == 0:
+        scale = np.float32(1)
+    else:
+        scale = max(scale, _SMALLEST)
+    possible = low > -np.inf and high < np.inf and max(high, -low) <= _LARGEST - scale
+    zero_point = midpoint
+    if not symmetric and possible:
+        zero_point = int(min(max(np.float32(qmin) - np.rint(low / scale), np.float32(qmin)), np.float32(qmax)))
+    return scale, zero_point, possible
+
+
+@_jit
+def _choose_rows(x, out, scale, zero_point, width, symmetric, qmin, qmax, midpoint, above, below, eps):
+    """Scale, zero point and codes of every block, while it is in the cache; returns how many have none."""
+    bits = x.view(np.int32)
+    high_code, low_code = np.float32(qmax), np.float32(qmin)
+    above, below = np.float32(above), np.float32(below)
+    image, both = np.empty(2, np.int32), np.empty(2, np.float32)
+    failed = 0
+    for r in range(x.shape[0]):
+        for k in range(scale.shape[1]):
+            a, b = k * width, (k + 1) * width
+            image[0], image[1] = _range(bits[r, a:b])
+            for i in range(2):
+                image[i] ^= (image[i] >> np.int32(31)) & np.int32(0x7FFFFFFF)
+            both[:] = image.view(np.float32)
+            s, z, possible = _choose(both[0], both[1], symmetric, qmin, qmax, midpoint, above, below, eps)
+            scale[r, k], zero_point[r, k] = s, z
+            failed += not possible
+            _quantize_block(x[r, a:b], out[r, a:b], s, np.float32(z), low_code, high_code)
+    return failed
+
+
+@_jit
+def _code(x, s, z, qmin, qmax):
+    return min(max(np.rint(x / s) + z, qmin), qmax)
+
+
+@_jit
+def _quantize_block(x, out, s, z, low, high):
+    bad = np.int32(0)
+    for j in range(x.size):
+        v = x[j]
+        bad |= np.int32(v != v)
+        out[j] = np.int32(_code(v, s, z, low, high))
+    return bad
+
+
+@_jit
+def _quantize_row(x, out, s, z, low, high):
+    bad = np.int32(0)
+    for j in range(x.size):
+        v = x[j]
+        bad |= np.int32(v != v)
+        out[j] = np.int32(_code(v, s[j], np.float32(z[j]), low, high))
+    return bad
+
+
+@_jit
+def _fake_block(x, out, s, z, low, high):
+    bad = np.int32(0)
+    for j in range(x.size):
+        v = x[j]
+        bad |= np.int32(v != v)
+        out[j] = (_code(v, s, z, low, high) - z) * s
+    return bad
+
+
+@_jit
+def _fake_row(x, out, s, z, low, high):
+    bad = np.int32(0)
+    for j in range(x.size):
+        v, zero = x[j], np.float32(z[j])
+        bad |= np.int32(v != v)
+        out[j] = (_code(v, s[j], zero, low, high) - zero) * s[j]
+    return bad
+
+
+@_jit
+def _dequantize_block(codes, out, s, z, low, high):
+    for j in range(codes.size):
+        out[j] = (np.float32(codes[j]) - z) * s
+    return np.int32(0)
+
+
+@_jit
+def _dequantize_row(codes, out, s, z, low, high):
+    for j in range(codes.size):
+        out[j] = (np.float32(codes[j]) - np.float32(z[j])) * s[j]
+    return np.int32(0)
+
+
+def _over_rows(block, whole_row):
+    """The loop over rows and blocks around two inner loops: one scale a block, or one scale an element."""
+
+    @_jit
+    def rows(x, out, row, scale, zero_point, width, qmin, qmax):
+        low, high = np.float32(qmin), np.float32(qmax)
+        bad = np.int32(0)
+        for r in range(x.shape[0]):
+            s, z = scale[row[r]], zero_point[row[r]]
+            if width == 1:
+                bad |= whole_row(x[r], out[r], s, z, low, high)
+            else:
+                for k in range(s.size):
+                    a, b = k * width, (k + 1) * width
+                    bad |= block(x[r, a:b], out[r, a:b], s[k], np.float32(z[k]), low, high)
+        return bad
+
+    return rows
+
+
+_quantize_rows = _over_rows(_quantize_block, _quantize_row)
+_fake_rows = _over_rows(_fake_block, _fake_row)
+_dequantize_rows = _over_rows(_dequantize_block, _dequantize_row)

@@ -1,0 +1,186 @@
+"""Networks on Qualcomm's own HTP backend, emulated on this computer, with CPU fallback switched off.
+
+The optional package ``onnxruntime-qnn`` is an execution provider for ONNX Runtime.  On x86-64 Linux its HTP backend
+emulates the Hexagon NPU: Qualcomm's graph compiler and kernels, run on the host.  What it computes is therefore called
+'HTP backend (emulated)' throughout; how long it takes says nothing about a phone.
+
+The wrapper is MIT; Qualcomm's libraries inside it come under Qualcomm's own licence (a PDF in the package), which
+grants running and benchmarking one's networks on them and forbids reverse engineering.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import onnx
+    import onnxruntime
+
+SOC_OF_ARCH = {"v68": "30", "v69": "36", "v73": "43", "v75": "57", "v79": "69", "v81": "87"}
+"""Hexagon architecture to the SoC id of one phone chip that has it: SM8350, SM8450, SM8550, SM8650, SM8750, SM8850.
+
+Source: the SoC table of ExecuTorch's Qualcomm backend (``serialization/qc_schema.py``).
+"""
+
+_PROVIDER = "QNNExecutionProvider"
+
+
+class HTPUnavailable(RuntimeError):
+    """The backend is not installed here, is switched off, or does not start."""
+
+
+class HTPRefused(ValueError):
+    """The backend does not take a graph; the message names the nodes and carries the backend's own words."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """Whether the HTP backend can be used here, why not, and which version it is."""
+
+    available: bool
+    reason: str
+    version: str | None = None
+
+
+def status() -> Status:
+    """Whether the HTP backend is installed and switched on; looks only, starts nothing.
+
+    The environment variable ``QTOOLS_HTP=0`` switches it off.
+    """
+    if os.environ.get("QTOOLS_HTP") == "0":
+        return Status(False, "switched off by QTOOLS_HTP=0")
+    if importlib.util.find_spec("onnxruntime_qnn") is None:
+        return Status(
+            False, "the package onnxruntime-qnn is not installed (pip install onnxruntime-qnn, on x86-64 Linux)"
+        )
+    version = importlib.metadata.version("onnxruntime-qnn")
+    if sys.platform != "linux" or os.uname().machine != "x86_64":
+        return Status(False, f"onnxruntime-qnn {version} emulates the NPU on x86-64 Linux only", version)
+    return Status(True, f"onnxruntime-qnn {version}", version)
+
+
+def session(model: onnx.ModelProto | bytes | os.PathLike | str, arch: str = "v75") -> onnxruntime.InferenceSession:
+    """An ONNX Runtime session whose every node runs on the HTP backend.
+
+    Parameters
+    ----------
+    model : ModelProto, serialized bytes, or path of an ONNX file
+    arch : str
+        Hexagon architecture, a key of `SOC_OF_ARCH`.
+
+    Raises
+    ------
+    HTPUnavailable
+        If the backend cannot be used here.
+    HTPRefused
+        If it leaves a node of the model to the CPU.
+    """
+    if arch not in SOC_OF_ARCH:
+        raise ValueError(f"arch must be one of {', '.join(SOC_OF_ARCH)}, got {arch!r}")
+    device = _device()
+    import onnxruntime
+    import onnxruntime_qnn
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    options.add_provider_for_devices(
+        [device],
+        {"backend_path": onnxruntime_qnn.get_qnn_htp_path(), "htp_arch": arch[1:], "soc_model": SOC_OF_ARCH[arch]},
+    )
+    source = model if isinstance(model, bytes) else os.fspath(model) if _is_path(model) else model.SerializeToString()
+    with _silence() as said:
+        try:
+            return onnxruntime.InferenceSession(source, options)
+        except Exception as error:
+            raise HTPRefused(_refusal(arch, str(error), said())) from None
+
+
+def run(
+    model: onnx.ModelProto | bytes | os.PathLike | str, inputs: Mapping[str, np.ndarray], arch: str = "v75"
+) -> dict[str, np.ndarray]:
+    """Run a model once on the HTP backend (emulated); its outputs by name.
+
+    Raises
+    ------
+    HTPUnavailable, HTPRefused
+        As `session`.
+    """
+    opened = session(model, arch)
+    names = [output.name for output in opened.get_outputs()]
+    with _silence():
+        return dict(zip(names, opened.run(names, dict(inputs)), strict=True))
+
+
+@functools.cache
+def _device() -> Any:
+    """The NPU as ONNX Runtime lists it, after its library has been registered once in this process."""
+    found = status()
+    if not found.available:
+        raise HTPUnavailable(f"no HTP backend: {found.reason}")
+    import onnxruntime
+    import onnxruntime_qnn
+
+    def listed() -> list[Any]:
+        return [device for device in onnxruntime.get_ep_devices() if device.ep_name == _PROVIDER]
+
+    with _silence():
+        try:
+            if not listed():
+                onnxruntime.register_execution_provider_library(_PROVIDER, onnxruntime_qnn.get_library_path())
+        except Exception as error:
+            raise HTPUnavailable(f"the HTP backend does not start: {error}") from None
+        devices = listed()
+    if not devices:
+        raise HTPUnavailable("the HTP backend lists no device on this computer")
+    return devices[0]
+
+
+def _is_path(model: Any) -> bool:
+    return isinstance(model, str | os.PathLike)
+
+
+def _refusal(arch: str, error: str, said: str) -> str:
+    """One sentence out of an error message and what the library printed."""
+    nodes = re.search(r"Unsupported nodes in QNN EP: (.*)", said)
+    named = f": {nodes.group(1).strip()}" if nodes and nodes.group(1).strip() else ""
+    reason = error.replace("\n", " ").split(" : ")[-1].strip()
+    return f"the HTP backend ({arch}) does not take this graph{named} ({reason})"
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[Any]:
+    """Keep what native code prints out of the terminal and of notebooks; yields a function that returns it."""
+    libc = ctypes.CDLL(None)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as sink:
+        kept = [(fd, os.dup(fd)) for fd in (1, 2)]
+
+        def said() -> str:
+            libc.fflush(None)
+            sink.seek(0)
+            return re.sub(r"\x1b\[[\d;]*m", "", sink.read().decode(errors="replace"))
+
+        try:
+            for fd, _ in kept:
+                os.dup2(sink.fileno(), fd)
+            yield said
+        finally:
+            libc.fflush(None)
+            for fd, copy in kept:
+                os.dup2(copy, fd)
+                os.close(copy)

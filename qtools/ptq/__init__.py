@@ -1,0 +1,1 @@
+"""Post-training quantization: float ONNX in, a quantized network out."""
