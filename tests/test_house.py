@@ -140,3 +140,8 @@ def test_submodules_are_loaded_when_they_are_first_used() -> None:
     assert {"affine", "npu", "suite"} <= set(dir(qtools))
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = qtools.nonsense
+
+
+def test_the_linter_has_nothing_to_say() -> None:
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", ROOT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

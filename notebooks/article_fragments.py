@@ -1,0 +1,25 @@
+"""The article's printed program fragments, quoted as they were printed, to be run and judged.
+
+Source: a Chinese engineering article on QNN quantization for Hexagon NPUs, author unknown, undated.  The copy has
+lost its indentation, which is restored here; not a character else is changed.  Nothing in this file is recommended.
+"""
+
+import numpy as np
+
+
+# Section 1.2, "symmetric quantization"
+def symmetric_quantize(x, num_bits=8):
+    qmax = 2**(num_bits - 1) - 1 # 对于INT8是127
+    scale = np.max(np.abs(x)) / qmax
+    q = np.clip(np.round(x / scale), -qmax, qmax).astype(np.int8)
+    return q, q.astype(np.float32) * scale, scale
+
+
+# Section 1.2, "asymmetric quantization"
+def asymmetric_quantize(x, num_bits=8):
+    qmin, qmax = 0, 2**num_bits - 1 # 对于INT8是0-255
+    scale = (np.max(x) - np.min(x)) / (qmax - qmin)
+    zero_point = np.round(qmin - np.min(x) / scale)
+    zero_point = np.clip(zero_point, qmin, qmax)
+    q = np.clip(np.round(x / scale + zero_point), qmin, qmax).astype(np.uint8)
+    return q, (q.astype(np.float32) - zero_point) * scale, scale, zero_point

@@ -1,0 +1,82 @@
+"""Break the code on purpose, one fault at a time, and show which test goes red: ``python -m tests.mutations``.
+
+Every fault is planted in a copy of the package; the exit status is 1 if any of them passes the tests unnoticed.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+AFFINE, FUSED = "qtools/affine.py", "qtools/_fused.py"
+FAULTS = [
+    ("rounding: half up instead of half to even", AFFINE, "q = xp.round(x / scale) + zero_point",
+     "q = xp.floor(x / scale + 0.5) + zero_point"),
+    ("rounding: towards zero", AFFINE, "q = xp.round(x / scale) + zero_point", "q = xp.trunc(x / scale) + zero_point"),
+    ("zero point inside the rounding", AFFINE, "q = xp.round(x / scale) + zero_point",
+     "q = xp.round(x / scale + zero_point)"),
+    ("zero point subtracted in quantize", AFFINE, "q = xp.round(x / scale) + zero_point",
+     "q = xp.round(x / scale) - zero_point"),
+    ("zero point added in dequantize", AFFINE, "scale.dtype) - xp.astype(zero_point", "scale.dtype) + xp.astype(zero_point"),
+    ("zero point of the wrong sign", AFFINE, "grid.qmin - xp.round(low / scale)", "grid.qmin + xp.round(low / scale)"),
+    ("qmax one too small", AFFINE, "(1 << self.bits - self.signed) - 1", "(1 << self.bits - self.signed) - 2"),
+    ("qmin one too high", AFFINE, "if self.signed else 0) + self.narrow_range", "if self.signed else 0) + 1"),
+    ("scale over one step too many", AFFINE, "(grid.qmax - grid.qmin) * 2", "(grid.qmax - grid.qmin + 1) * 2"),
+    ("range not widened to zero", AFFINE, "low, high = xp.minimum(low, zero), xp.maximum(high, zero)", "pass"),
+    ("reduction over the wrong axis", AFFINE, "low = xp.min(_split(xp, low, axis, count, size), axis=axis + 1)",
+     "low = xp.min(_split(xp, low, axis, count, size), axis=axis)"),
+    ("scales spread along the wrong axis", AFFINE, "xp.take(scale, index, axis=axis)", "xp.take(scale, index, axis=0)"),
+    ("groups one element too long", AFFINE, "min(b, max(n, 1)) for n, b", "min(b + 1, max(n, 1)) for n, b"),
+    ("high nibble first", AFFINE, "return nibbles[0::2] | nibbles[1::2] << 4", "return nibbles[1::2] | nibbles[0::2] << 4"),
+    ("compiled: rounding half up", FUSED, "np.rint(x / s) + z", "np.floor(x / s + np.float32(0.5)) + z"),
+    ("compiled: zero point inside the rounding", FUSED, "np.rint(x / s) + z", "np.rint(x / s + z)"),
+    ("compiled: last block forgotten", FUSED, "for k in range(s.size)", "for k in range(s.size - 1)"),
+    ("compiled: scale from the wrong row", FUSED, "s, z = scale[row[r]], zero_point[row[r]]", "s, z = scale[row[0]], zero_point[r]"),
+    ("compiled: NaN unseen", FUSED, "bad |= np.int32(v != v)", "bad |= np.int32(0)"),
+    ("SQNR of amplitudes", "qtools/metrics.py", "10 * math.log10", "20 * math.log10"),
+    ("percentile taken at the other end", "qtools/observers.py", None, None),
+    ("backend's codes not looked at", "qtools/npu/htp.py", '"session.disable_cpu_ep_fallback", "1"',
+     '"session.disable_cpu_ep_fallback", "0"'),
+]  # fmt: skip
+TESTS = {AFFINE: "test_affine.py", FUSED: "test_affine.py"}
+
+
+def main() -> int:
+    unnoticed = 0
+    for name, file, old, new in FAULTS:
+        if old is None:
+            continue
+        test = noticed_by(file, old, new)
+        unnoticed += test is None
+        print(f"{'red' if test else 'UNNOTICED':>9}  {name:<48} {test or ''}", flush=True)
+    return int(unnoticed > 0)
+
+
+def noticed_by(file: str, old: str, new: str) -> str | None:
+    """The first test that fails with `old` replaced by `new` in `file`; None if all pass."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for part in ("qtools", "tests", "data", "figures", "notebooks"):
+            shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+        for part in ("pyproject.toml", "conftest.py"):
+            shutil.copy(ROOT / part, copy)
+        text = (copy / file).read_text()
+        if text.count(old) == 0:
+            raise SystemExit(f"{file} does not hold {old!r}: the list of faults is out of date")
+        (copy / file).write_text(text.replace(old, new))
+        test = copy / "tests" / TESTS.get(file, f"test_{Path(file).stem}.py")
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:nbval", "-o", "addopts="]
+        env = os.environ | {"PYTHONPATH": folder, "NUMBA_CACHE_DIR": f"{folder}/numba"}
+        done = subprocess.run([*command, str(test)], cwd=copy, env=env, capture_output=True, text=True)
+        if done.returncode == 0:
+            return None
+        failed = re.search(r"^(?:FAILED|ERROR) \S*?(\w+\.py(?:::\S+)?)", done.stdout, re.M)
+        return failed.group(1) if failed else "could not even be imported"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
