@@ -267,4 +267,4 @@ def test_a_slider_draws_the_figure_again():
     live.controls["n"].value = 3
     assert live.image.value != before
     with contextlib.redirect_stdout(io.StringIO()):
-        assert "image/png" in live._repr_mimebundle_()
+        assert "image/png" in live._repr_mimebundle_()[0]

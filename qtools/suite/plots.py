@@ -28,10 +28,10 @@ def number_line(figure: Figure, x: np.ndarray, qparams: QParams) -> None:
         ax.plot(x[chosen], np.ones(chosen.sum()), "|", color=color, ms=14)
     ax.plot(places, np.zeros(len(places)), "o", color=INT8, ms=max(2, 9 - grid.bits))
     ax.plot(0, 0, "o", color="black", ms=10, mfc="none")
-    worst = np.abs(moved - x).max()
+    worst, mean = np.abs(moved - x).max(), np.abs(moved - x).mean()
     note = f", {clipped.sum()} of {len(x)} clipped" if clipped.any() else ""
     ax.set(
-        title=f"{len(codes)} codes, step {scale:.3f}: worst error {worst:.3f}{note}",
+        title=f"{len(codes)} codes, step {scale:.3f}: worst error {worst:.3f}, mean {mean:.3f}{note}",
         xlabel="value (the ring marks zero)",
         ylabel="from the float to its code",
         xlim=(-2.2, 2.7),

@@ -50,9 +50,11 @@ class Chapter:
         return f"data/results/{self.number:02d}.json"
 
     def record(
-        self, key: str, value: float, *, source: Source = "computed", rtol: float = 1e-6, atol: float = 0.0
+        self, key: str, value: float, *, source: Source = "computed", rtol: float | None = None, atol: float = 0.0
     ) -> float:
         """Keep a number under a name, with where it comes from and how far another machine may be off.
+
+        Without a tolerance a whole number must come out the same, any other number within one part in a thousand.
 
         Returns
         -------
@@ -73,6 +75,8 @@ class Chapter:
         if source not in get_args(Source):
             raise ValueError(f"source must be one of {get_args(Source)}, got {source!r}")
         number = _plain_number(key, value)
+        if rtol is None:
+            rtol = 0.0 if isinstance(number, int) else 1e-3
         entry = {"value": number, "source": source, "rtol": rtol} | ({"atol": atol} if atol else {})
         self.results[key] = entry
         if self._check:
@@ -84,7 +88,7 @@ class Chapter:
         for key, value in values.items():
             self.record(key, value, **options)
 
-    def on_htp(self, measure: Callable[[], Mapping[str, float]], *, rtol: float = 1e-6) -> dict[str, float]:
+    def on_htp(self, measure: Callable[[], Mapping[str, float]], *, rtol: float | None = None) -> dict[str, float]:
         """Numbers from the HTP backend; where it is absent, those of the committed run, with a line that says so.
 
         Parameters
