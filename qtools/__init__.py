@@ -11,7 +11,6 @@ Examples
 """
 
 from importlib import import_module
-from importlib.util import find_spec
 from types import ModuleType
 
 __version__ = "0.1.0"
@@ -20,20 +19,16 @@ _SUBMODULES = (
     "affine",
     "metrics",
     "observers",
-    "encodings",
     "zoo",
     "npu",
     "ptq",
-    "mixed_precision",
-    "qat",
-    "llm",
     "suite",
     "cli",
 )
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name in _SUBMODULES and find_spec(f"{__name__}.{name}"):
+    if name in _SUBMODULES:
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module 'qtools' has no attribute '{name}': its modules are {', '.join(_SUBMODULES)}")
 

@@ -61,14 +61,14 @@ def test_check_names_a_missing_package_and_its_mending(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def gone(name: str) -> str:
-        if name in ("scipy", "gguf", "onnxruntime-qnn"):
+        if name in ("tqdm", "gguf", "onnxruntime-qnn"):
             raise check.PackageNotFoundError(name)
         return "0.0.1" if name == "numpy" else "999"
 
     monkeypatch.setattr(check, "version", gone)
     assert check.check(cli.ROOT) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("[missing] scipy: ") and "pip install scipy==" in line for line in lines)
+    assert any(line.startswith("[missing] tqdm: ") and "pip install tqdm==" in line for line in lines)
     assert any(line.startswith("[missing] numpy 0.0.1 is too old") for line in lines)
     assert any(line.startswith("[missing] gguf for bench (optional): ") for line in lines)
     assert any(line.startswith("[missing] ") and "HTP backend (optional)" in line for line in lines)
@@ -80,7 +80,7 @@ def test_check_says_when_a_version_is_not_the_tested_one(
 ) -> None:
     monkeypatch.setattr(check, "version", lambda name: "999")
     assert check.check(cli.ROOT) == 0
-    assert "[ok]      scipy 999 (tested with " in capsys.readouterr().out
+    assert "[ok]      tqdm 999 (tested with " in capsys.readouterr().out
 
 
 def test_check_respects_the_switch(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
