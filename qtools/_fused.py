@@ -8,6 +8,8 @@ flipped, sort like the numbers themselves, so one integer min/max finds the rang
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +21,7 @@ from array_api_compat import is_torch_array
 
 from qtools.affine import Array, Grid, QParams, SymmetricScale, blocks_of, qparams_from_range, symmetric_divisors
 
-_SLAB = 1 << 21  # elements a thread works through at a time; fewer and Python's own overhead shows
+_PARTS = 4  # that every core gets, so that one held up by another program does not hold up the rest
 _SMALLEST, _LARGEST = np.finfo(np.float32).smallest_normal, np.finfo(np.float32).max
 _CODES = ("int8", "uint8", "int16", "uint16")
 _jit = numba.njit(nogil=True, cache=True)
@@ -37,11 +39,11 @@ def takes(x: Array, qparams: QParams | None) -> bool:
     return isinstance(x, np.ndarray) and x.flags.c_contiguous and x.dtype.isnative
 
 
-def quantize(x: Array, qparams: QParams, out: Array | None = None) -> Array:
-    """See `affine.quantize`; rule 'onnx'."""
+def quantize(x: Array, qparams: QParams, out: Array | None = None, *, backwards: bool = False) -> Array:
+    """See `affine.quantize`; rule 'onnx'.  `backwards` starts with what a pass before has left in the cache."""
     source, grid = _numpy(x), qparams.grid
     codes = np.empty(source.shape, grid.dtype) if out is None else _numpy(out)
-    if any(_each_slab(_quantize_rows, source, codes, qparams, grid.qmin, grid.qmax)):
+    if any(_each_slab(_quantize_rows, source, codes, qparams, grid.qmin, grid.qmax, backwards=backwards)):
         raise ValueError("cannot quantize NaN: no code stands for it")
     return _like(codes, x) if out is None else out
 
@@ -72,9 +74,8 @@ def block_ranges(x: Array, block_size: tuple[int, ...]) -> tuple[Array, Array]:
         parts = _threads(lambda a, b: _range_rows(source.reshape(1, -1)[:, a:b].view(np.int32), b - a), source.size)
         low, high = _floats(min(p[0].min() for p in parts)), _floats(max(p[1].max() for p in parts))
     elif _row_blocks(folded):
-        rows = source.reshape(-1, folded[2][0])
-        width = folded[2][1]
-        parts = _threads(lambda a, b: _range_rows(rows[a:b].view(np.int32), width), len(rows), folded[2][0])
+        rows, width = _rows(source, folded), folded[2][1]
+        parts = _threads(lambda a, b: _range_rows(rows[a:b].view(np.int32), width), len(rows))
         low, high = (_floats(np.concatenate([p[i] for p in parts])) for i in (0, 1))
     else:
         low, high = _plain_ranges(source, folded)
@@ -89,17 +90,17 @@ def choose_and_quantize(
     folded = _fold(source.shape, grid.block_size)
     if _whole(folded) or not _row_blocks(folded):
         return _in_two_passes(x, grid, symmetric_scale, eps, out)
-    length, width = folded[2]
+    width = folded[2][1]
     codes = np.empty(source.shape, grid.dtype) if out is None else _numpy(out)
-    rows, flat = source.reshape(-1, length), codes.reshape(-1, length)
-    scale, zero_point = (np.empty((len(rows), -(-length // width)), kind) for kind in (np.float32, np.int32))
+    rows, flat = _rows(source, folded), _rows(codes, folded)
+    scale, zero_point = (np.empty((len(rows), -(-rows.shape[1] // width)), kind) for kind in (np.float32, np.int32))
     above, below = symmetric_divisors(grid, symmetric_scale)
     numbers = grid.qmin, grid.qmax, grid.midpoint, above, below, eps or 0.0
 
     def slab(a: int, b: int) -> int:
         return _choose_rows(rows[a:b], flat[a:b], scale[a:b], zero_point[a:b], width, grid.symmetric, *numbers)
 
-    if any(_threads(slab, len(rows), length)):
+    if any(_threads(slab, len(rows))):
         # Some block has no scale: the plain road says why.
         return _in_two_passes(x, grid, symmetric_scale, eps, out)
     counts = tuple(count for count, _ in blocks_of(source.shape, grid.block_size))
@@ -112,7 +113,7 @@ def _in_two_passes(
 ) -> tuple[Array, QParams]:
     low, high = block_ranges(x, grid.block_size)
     qparams = qparams_from_range(low, high, grid, symmetric_scale=symmetric_scale, eps=eps)
-    return quantize(x, qparams, out), qparams
+    return quantize(x, qparams, out, backwards=True), qparams
 
 
 # -- folding and threads ---------------------------------------------------------------------------------------------
@@ -151,6 +152,12 @@ def _row_blocks(folded: list[Axis]) -> bool:
     return folded[0][1] == folded[1][1] == 1 and folded[2][1] > 1
 
 
+def _rows(source: np.ndarray, folded: list[Axis]) -> np.ndarray:
+    """The tensor as rows: one a block where blocks fill the inner axis exactly, else that axis."""
+    inner, width = folded[2]
+    return source.reshape(-1, width if width > 1 and inner % width == 0 else inner)
+
+
 def _plain_ranges(source: np.ndarray, folded: list[Axis]) -> tuple[np.ndarray, np.ndarray]:
     low = high = source.reshape([length for length, _ in folded])
     for axis, (length, size) in enumerate(folded):
@@ -162,7 +169,9 @@ def _plain_ranges(source: np.ndarray, folded: list[Axis]) -> tuple[np.ndarray, n
     return low, high
 
 
-def _each_slab(kernel: Any, source: np.ndarray, out: np.ndarray, qparams: QParams, *limits: int) -> list[Any]:
+def _each_slab(
+    kernel: Any, source: np.ndarray, out: np.ndarray, qparams: QParams, *limits: int, backwards: bool = False
+) -> list[Any]:
     """Run a kernel over all rows; the whole tensor under one scale is cut anywhere."""
     scale, zero_point = np.asarray(qparams.scale), np.asarray(qparams.zero_point)
     blocks = blocks_of(source.shape, qparams.grid.block_size)
@@ -173,28 +182,37 @@ def _each_slab(kernel: Any, source: np.ndarray, out: np.ndarray, qparams: QParam
         )
     folded = _fold(source.shape, qparams.grid.block_size)
     (outer, a), (middle, b), (inner, width) = folded
-    inner_blocks = -(-inner // width)
-    scale, zero_point = (
-        part.astype(kind, copy=False).reshape(-1, inner_blocks)
-        for part, kind in ((scale, np.float32), (zero_point, np.int32))
-    )
+    x, y = _rows(source, folded), _rows(out, folded)
+    scale = scale.astype(np.float32, copy=False).reshape(-1, -(-x.shape[1] // width))
+    zero_point = zero_point.astype(np.int32, copy=False).reshape(scale.shape)
     if _whole(folded):
-        x, y, first = source.reshape(1, -1), out.reshape(1, -1), np.zeros(1, np.intp)
+        x, y, first = source.reshape(1, -1), out.reshape(1, -1), np.zeros(1, np.int32)
         return _threads(
             lambda i, j: kernel(x[:, i:j], y[:, i:j], first, scale, zero_point, j - i, *limits), source.size
         )
-    x, y = source.reshape(-1, inner), out.reshape(-1, inner)
-    row = (np.arange(outer)[:, None] // a * -(-middle // b) + np.arange(middle) // b).ravel()
-    return _threads(lambda i, j: kernel(x[i:j], y[i:j], row[i:j], scale, zero_point, width, *limits), len(x), inner)
+    if a == b == 1:
+        row = np.arange(len(x), dtype=np.int32)
+    else:
+        blocks = inner // width if len(x) != outer * middle else 1
+        row = np.arange(outer)[:, None] // a * -(-middle // b) + np.arange(middle) // b
+        row = (row.reshape(-1, 1) * blocks + np.arange(blocks)).ravel().astype(np.int32)
+    return _threads(lambda i, j: kernel(x[i:j], y[i:j], row[i:j], scale, zero_point, width, *limits), len(x), backwards)
 
 
-def _threads(work: Any, count: int, length: int = 1) -> list[Any]:
-    """``work(start, stop)`` over 0..count in slabs, on every core this process may use; results in order."""
-    step = max(1, _SLAB // length)
-    bounds = [(start, min(start + step, count)) for start in range(0, count, step)]
-    with ThreadPoolExecutor(_cores()) as pool:
-        # Backwards: a pass that follows another finds the end of the array still in the cache.
-        return list(pool.map(lambda bound: work(*bound), bounds[::-1]))[::-1]
+def _threads(work: Any, count: int, backwards: bool = False) -> list[Any]:
+    """``work(start, stop)`` over 0..count in parts, on every core this process may use; results in order."""
+    bounds = np.linspace(0, count, min(count, _PARTS * _cores()) + 1).astype(int).tolist()
+    step = -1 if backwards else 1
+    return list(_pool().map(lambda part: work(*part), list(itertools.pairwise(bounds))[::step]))[::step]
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_cores(), "qtools")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
 
 
 def _cores() -> int:
@@ -222,7 +240,7 @@ def _floats(keys: np.ndarray) -> np.ndarray:
     return (keys ^ (keys >> 31 & 0x7FFFFFFF)).view(np.float32)
 
 
-# The innermost loops run over slices from 0, so that the compiler can see that no index is negative and vectorise.
+# The innermost loops count from 0, so that the compiler sees that no index is negative, and vectorises them.
 
 
 @_jit
@@ -242,6 +260,9 @@ def _range_rows(bits, width):
     blocks = -(-length // width)
     low, high = np.empty((rows, blocks), np.int32), np.empty((rows, blocks), np.int32)
     for r in range(rows):
+        if blocks == 1:
+            low[r, 0], high[r, 0] = _range(bits[r])
+            continue
         for k in range(blocks):
             low[r, k], high[r, k] = _range(bits[r, k * width : (k + 1) * width])
     return low, high
@@ -269,106 +290,80 @@ def _choose(low, high, symmetric, qmin, qmax, midpoint, above, below, eps):
 
 
 @_jit
-def _choose_rows(x, out, scale, zero_point, width, symmetric, qmin, qmax, midpoint, above, below, eps):
-    """Scale, zero point and codes of every block, while it is in the cache; returns how many have none."""
-    bits = x.view(np.int32)
-    high_code, low_code = np.float32(qmax), np.float32(qmin)
-    above, below = np.float32(above), np.float32(below)
-    image, both = np.empty(2, np.int32), np.empty(2, np.float32)
-    failed = 0
-    for r in range(x.shape[0]):
-        for k in range(scale.shape[1]):
-            a, b = k * width, (k + 1) * width
-            image[0], image[1] = _range(bits[r, a:b])
-            for i in range(2):
-                image[i] ^= (image[i] >> np.int32(31)) & np.int32(0x7FFFFFFF)
-            both[:] = image.view(np.float32)
-            s, z, possible = _choose(both[0], both[1], symmetric, qmin, qmax, midpoint, above, below, eps)
-            scale[r, k], zero_point[r, k] = s, z
-            failed += not possible
-            _quantize_block(x[r, a:b], out[r, a:b], s, np.float32(z), low_code, high_code)
-    return failed
+def _code(x, s, z, low, high):
+    return np.int32(min(max(np.rint(x / s) + z, low), high))
 
 
 @_jit
-def _code(x, s, z, qmin, qmax):
-    return min(max(np.rint(x / s) + z, qmin), qmax)
+def _faked(x, s, z, low, high):
+    return (min(max(np.rint(x / s) + z, low), high) - z) * s
 
 
 @_jit
-def _quantize_block(x, out, s, z, low, high):
-    bad = np.int32(0)
-    for j in range(x.size):
-        v = x[j]
-        bad |= np.int32(v != v)
-        out[j] = np.int32(_code(v, s, z, low, high))
-    return bad
+def _value(code, s, z, low, high):
+    return (np.float32(code) - z) * s
 
 
-@_jit
-def _quantize_row(x, out, s, z, low, high):
-    bad = np.int32(0)
-    for j in range(x.size):
-        v = x[j]
-        bad |= np.int32(v != v)
-        out[j] = np.int32(_code(v, s[j], np.float32(z[j]), low, high))
-    return bad
+def _over_rows(element):
+    """The loops over rows and blocks around what is done to an element; the result tells whether a NaN was met.
 
-
-@_jit
-def _fake_block(x, out, s, z, low, high):
-    bad = np.int32(0)
-    for j in range(x.size):
-        v = x[j]
-        bad |= np.int32(v != v)
-        out[j] = (_code(v, s, z, low, high) - z) * s
-    return bad
-
-
-@_jit
-def _fake_row(x, out, s, z, low, high):
-    bad = np.int32(0)
-    for j in range(x.size):
-        v, zero = x[j], np.float32(z[j])
-        bad |= np.int32(v != v)
-        out[j] = (_code(v, s[j], zero, low, high) - zero) * s[j]
-    return bad
-
-
-@_jit
-def _dequantize_block(codes, out, s, z, low, high):
-    for j in range(codes.size):
-        out[j] = (np.float32(codes[j]) - z) * s
-    return np.int32(0)
-
-
-@_jit
-def _dequantize_row(codes, out, s, z, low, high):
-    for j in range(codes.size):
-        out[j] = (np.float32(codes[j]) - np.float32(z[j])) * s[j]
-    return np.int32(0)
-
-
-def _over_rows(block, whole_row):
-    """The loop over rows and blocks around two inner loops: one scale a block, or one scale an element."""
+    Row r uses the scales of row[r]: one an element (width 1), one in all, or one a block.
+    """
 
     @_jit
     def rows(x, out, row, scale, zero_point, width, qmin, qmax):
         low, high = np.float32(qmin), np.float32(qmax)
         bad = np.int32(0)
         for r in range(x.shape[0]):
-            s, z = scale[row[r]], zero_point[row[r]]
+            t = row[r]
             if width == 1:
-                bad |= whole_row(x[r], out[r], s, z, low, high)
+                for j in range(x.shape[1]):
+                    bad |= np.int32(x[r, j] != x[r, j])
+                    out[r, j] = element(x[r, j], scale[t, j], np.float32(zero_point[t, j]), low, high)
+            elif scale.shape[1] == 1:
+                s, z = scale[t, 0], np.float32(zero_point[t, 0])
+                for j in range(x.shape[1]):
+                    bad |= np.int32(x[r, j] != x[r, j])
+                    out[r, j] = element(x[r, j], s, z, low, high)
             else:
-                for k in range(s.size):
-                    a, b = k * width, (k + 1) * width
-                    bad |= block(x[r, a:b], out[r, a:b], s[k], np.float32(z[k]), low, high)
+                for k in range(scale.shape[1]):
+                    s, z = scale[t, k], np.float32(zero_point[t, k])
+                    source, target = x[r, k * width : (k + 1) * width], out[r, k * width : (k + 1) * width]
+                    for j in range(source.size):
+                        bad |= np.int32(source[j] != source[j])
+                        target[j] = element(source[j], s, z, low, high)
         return bad
 
     return rows
 
 
-_quantize_rows = _over_rows(_quantize_block, _quantize_row)
-_fake_rows = _over_rows(_fake_block, _fake_row)
-_dequantize_rows = _over_rows(_dequantize_block, _dequantize_row)
+_quantize_rows = _over_rows(_code)
+_fake_rows = _over_rows(_faked)
+_dequantize_rows = _over_rows(_value)
+
+
+@_jit
+def _choose_rows(x, out, scale, zero_point, width, symmetric, qmin, qmax, midpoint, above, below, eps):
+    """Scale, zero point and codes of every row, while it is in the cache; returns how many blocks have none."""
+    bits = x.view(np.int32)
+    above, below = np.float32(above), np.float32(below)
+    image = np.empty(2, np.int32)
+    ends = image.view(np.float32)
+    this = np.zeros(1, np.int32)
+    failed = 0
+    for r in range(x.shape[0]):
+        for k in range(scale.shape[1]):
+            low, high = _range(bits[r, k * width : (k + 1) * width])
+            image[0] = low ^ ((low >> np.int32(31)) & np.int32(0x7FFFFFFF))
+            image[1] = high ^ ((high >> np.int32(31)) & np.int32(0x7FFFFFFF))
+            s, z, possible = _choose(ends[0], ends[1], symmetric, qmin, qmax, midpoint, above, below, eps)
+            scale[r, k], zero_point[r, k] = s, z
+            failed += not possible
+        if scale.shape[1] > 1:
+            one = slice(r, r + 1)
+            _quantize_rows(x[one], out[one], this, scale[one], zero_point[one], width, qmin, qmax)
+        else:
+            s, z = scale[r, 0], np.float32(zero_point[r, 0])
+            for j in range(x.shape[1]):
+                out[r, j] = _code(x[r, j], s, z, np.float32(qmin), np.float32(qmax))
+    return failed

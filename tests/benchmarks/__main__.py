@@ -6,6 +6,7 @@ ratio to a plain copy of the same float32 bytes.  ``--check`` makes the exit sta
 
 import argparse
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -52,8 +53,10 @@ def candidates(case: str, x: np.ndarray) -> dict[str, dict[str, Callable[[], obj
 def time_rounds(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of every function in every round, after one round that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
+    order = random.Random(0)
     for _ in range(rounds + 1):
-        for name, function in functions.items():
+        # In another order every time: what ran before leaves the caches full of what is to be written back.
+        for name, function in order.sample(list(functions.items()), len(functions)):
             time.sleep(_SETTLE)
             start = time.perf_counter()
             function()
