@@ -27,8 +27,10 @@ _CODES = ("int8", "uint8", "int16", "uint16")
 _jit = numba.njit(nogil=True, cache=True)
 
 
-def takes(x: Array, qparams: QParams | None) -> bool:
-    """Whether `x` is a contiguous CPU array of float32, or of codes whose scale is float32."""
+def takes(x: Array, block_size: tuple[int, ...], qparams: QParams | None) -> bool:
+    """Whether `x` is a contiguous CPU array of float32 (or codes whose scale is), its blocks on three axes at most."""
+    if len(_merged(tuple(x.shape), block_size)) > 3:
+        return False
     wanted = ("float32",) if qparams is None else _CODES
     if str(x.dtype).removeprefix("torch.") not in wanted:
         return False
@@ -121,26 +123,28 @@ def _in_two_passes(
 Axis = tuple[int, int]  # length, block length
 
 
-def _fold(shape: tuple[int, ...], block_size: tuple[int, ...]) -> list[Axis]:
-    """Merge neighbouring axes that are both whole or both of block 1, and pad to three axes with ones."""
+def _merged(shape: tuple[int, ...], block_size: tuple[int, ...]) -> list[Axis]:
+    """The axes, neighbours merged where both are whole or both of block 1."""
     if not block_size:
-        return [(1, 1), (1, 1), (math.prod(shape), math.prod(shape))]
-    folded: list[Axis] = []
+        return [(math.prod(shape), math.prod(shape))]
+    merged: list[Axis] = []
     for length, (_, size) in zip(shape, blocks_of(shape, block_size)):
         if length == 1:
             continue
-        last = folded[-1] if folded else None
+        last = merged[-1] if merged else None
         if last and last[1] == 1 and size == 1:
-            folded[-1] = (last[0] * length, 1)
+            merged[-1] = (last[0] * length, 1)
         elif last and last[0] == last[1] and size == length:
-            folded[-1] = (last[0] * length, last[0] * length)
+            merged[-1] = (last[0] * length, last[0] * length)
         else:
-            folded.append((length, size))
-    if len(folded) > 3:
-        raise ValueError(
-            f"blocks {block_size} on a tensor of shape {shape} need more than three axes: split the tensor"
-        )
-    return [(1, 1)] * (3 - len(folded)) + folded
+            merged.append((length, size))
+    return merged
+
+
+def _fold(shape: tuple[int, ...], block_size: tuple[int, ...]) -> list[Axis]:
+    """The merged axes, with axes of one element in front to make three."""
+    merged = _merged(shape, block_size)
+    return [(1, 1)] * (3 - len(merged)) + merged
 
 
 def _whole(folded: list[Axis]) -> bool:
@@ -187,9 +191,8 @@ def _each_slab(
     zero_point = zero_point.astype(np.int32, copy=False).reshape(scale.shape)
     if _whole(folded):
         x, y, first = source.reshape(1, -1), out.reshape(1, -1), np.zeros(1, np.int32)
-        return _threads(
-            lambda i, j: kernel(x[:, i:j], y[:, i:j], first, scale, zero_point, j - i, *limits), source.size
-        )
+        whole = lambda i, j: kernel(x[:, i:j], y[:, i:j], first, scale, zero_point, j - i, *limits)  # noqa: E731
+        return _threads(whole, source.size, backwards)
     if a == b == 1:
         row = np.arange(len(x), dtype=np.int32)
     else:

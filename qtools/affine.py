@@ -258,7 +258,7 @@ def quantize(x: Array, qparams: QParams, *, rule: Rule = "onnx", out: Array | No
         raise ValueError(f"rule must be one of {get_args(Rule)}, got {rule!r}")
     _check_float(x)
     _check_out(out, x, qparams.grid.dtype)
-    if rule == "onnx" and (fused := _fused_for(x)):
+    if rule == "onnx" and (fused := _fused_for(x, qparams.grid)):
         return fused.quantize(x, qparams, out)
     xp = array_namespace(x)
     x, scale, zero_point = _operands(x, qparams)
@@ -295,7 +295,7 @@ def dequantize(codes: Array, qparams: QParams, dtype: Any = None, *, out: Array 
     if "int" not in str(codes.dtype):
         raise TypeError(f"dequantize takes integer codes, got {codes.dtype}")
     _check_out(out, codes, qparams.scale.dtype if dtype is None else dtype)
-    if dtype is None and (fused := _fused_for(codes, qparams)):
+    if dtype is None and (fused := _fused_for(codes, qparams.grid, qparams)):
         return fused.dequantize(codes, qparams, out)
     xp = array_namespace(codes)
     scale, zero_point = _spread(qparams, tuple(codes.shape), xp, codes)
@@ -319,7 +319,7 @@ def fake_quantize(x: Array, qparams: QParams, *, out: Array | None = None) -> Ar
     """
     _check_float(x)
     _check_out(out, x, x.dtype)
-    if fused := _fused_for(x):
+    if fused := _fused_for(x, qparams.grid):
         return fused.fake_quantize(x, qparams, out)
     return dequantize(quantize(x, qparams), qparams, dtype=x.dtype, out=out)
 
@@ -341,7 +341,7 @@ def choose_and_quantize(
     """
     _check_float(x)
     _check_out(out, x, grid.dtype)
-    if math.prod(x.shape) and (fused := _fused_for(x)):
+    if math.prod(x.shape) and (fused := _fused_for(x, grid)):
         return fused.choose_and_quantize(x, grid, symmetric_scale, eps, out)
     qparams = choose_qparams(x, grid, symmetric_scale=symmetric_scale, eps=eps)
     return quantize(x, qparams, out=out), qparams
@@ -364,7 +364,7 @@ def block_ranges(x: Array, block_size: tuple[int, ...]) -> tuple[Array, Array]:
     blocks = blocks_of(tuple(x.shape), block_size)
     if math.prod(x.shape) == 0:
         raise ValueError(f"cannot take the range of an empty tensor of shape {tuple(x.shape)}")
-    if fused := _fused_for(x):
+    if fused := _fused_for(x, Grid(block_size=block_size)):
         return fused.block_ranges(x, block_size)
     xp = array_namespace(x)
     if not block_size:
@@ -498,13 +498,13 @@ def _working(x: Array) -> Array:
     )
 
 
-def _fused_for(x: Array, qparams: QParams | None = None) -> Any:
+def _fused_for(x: Array, grid: Grid, qparams: QParams | None = None) -> Any:
     """The compiled kernels, if `x` is large enough and lies in memory as they want it; else None."""
     if math.prod(x.shape) < _FUSED_FROM:
         return None
     from qtools import _fused
 
-    return _fused if _fused.takes(x, qparams) else None
+    return _fused if _fused.takes(x, grid.block_size, qparams) else None
 
 
 def _split(xp: Any, x: Array, axis: int, count: int, size: int) -> Array:

@@ -235,6 +235,15 @@ def test_results_go_where_they_are_told(size, kind):
     np.testing.assert_array_equal(np.asarray(out), np.asarray(codes))
 
 
+def test_a_large_array_with_blocks_on_four_axes_takes_the_plain_road():
+    x = numbers(32, 32, 32, 33)
+    grid = Grid(8, block_size=(2, 3, 4, 5))
+    codes, qparams = choose_and_quantize(x, grid)
+    block = x[30:, 30:, 28:, 30:]
+    assert qparams.scale.shape == (16, 11, 8, 7)
+    np.testing.assert_array_equal(codes[30:, 30:, 28:, 30:], quantize(block, choose_qparams(block, Grid(8))))
+
+
 def test_large_arrays_take_the_compiled_road_and_agree(monkeypatch):
     x = numbers(1100, 1000)
     grid = Grid(4, True, True, block_size=(1, 128))
