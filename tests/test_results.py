@@ -99,6 +99,14 @@ def test_timings_are_read_unless_measured_again(root, monkeypatch):
     assert taken["values"] == {"ratio": 1.5} and taken["cpu"] and taken["date"]
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "data").rglob("*.json")) + sorted((ROOT / "figures").glob("*.json")))
+def test_stored_files_are_json_that_every_reader_takes(file):
+    def refuse(word):
+        raise ValueError(word)
+
+    json.loads(file.read_text(), parse_constant=refuse)
+
+
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
     replace_file(path, b"old")

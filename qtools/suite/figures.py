@@ -176,7 +176,8 @@ def _plotted(ax: Axes) -> dict[str, Any]:
 
 def _digits(values: Any) -> Any:
     array = np.asarray(np.ma.filled(values, np.nan) if np.ma.isMaskedArray(values) else values, float)
-    return np.vectorize(lambda v: float(f"{v:.5g}"), otypes=[float])(array).tolist()
+    rounded = np.vectorize(lambda v: float(f"{v:.5g}") if np.isfinite(v) else None, otypes=[object])
+    return rounded(array).tolist()  # a gap in a line is null: JSON has no NaN
 
 
 def _same(new: Any, old: Any, where: str, rtol: float) -> None:
