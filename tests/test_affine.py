@@ -125,6 +125,31 @@ def test_scale_and_codes_equal_torchao(bits, block_size, ours, theirs):
     assert torch.equal(quantize(x, mine, rule="torchao"), codes)
 
 
+@pytest.mark.parametrize(("bits", "rule"), [(8, "qmax"), (4, "half_range")])
+def test_symmetric_scales_equal_onnxruntime(bits, rule):
+    from onnx import TensorProto
+    from onnxruntime.quantization import quant_utils
+
+    x = numbers(1000)
+    ends = quant_utils.get_qmin_qmax_for_qType(TensorProto.INT8 if bits == 8 else TensorProto.INT4, symmetric=True)
+    zero_point, scale = quant_utils.compute_scale_zp(x.min(), x.max(), *ends, symmetric=True)
+    assert int(zero_point) == 0
+    mine = choose_qparams(x, Grid(bits, signed=True, symmetric=True), symmetric_scale=rule)
+    assert float(mine.scale) == pytest.approx(float(scale), rel=1e-6)
+
+
+def test_groups_of_32_equal_gguf_up_to_its_half_precision_scale():
+    package = pytest.importorskip("gguf")
+    x = numbers(4, 64)
+    grid = Grid(8, signed=True, symmetric=True, block_size=(1, 32))
+    codes, qparams = choose_and_quantize(x, grid)
+    kind = package.GGMLQuantizationType.Q8_0
+    stored = package.quants.quantize(x, kind).reshape(-1, 34)
+    np.testing.assert_allclose(stored[:, :2].copy().view(np.float16).ravel(), qparams.scale.ravel(), rtol=1e-3)
+    # It rounds halves away from zero, and the reciprocal of the unrounded scale: a code may be the neighbour.
+    assert np.abs(stored[:, 2:].view(np.int8).reshape(x.shape) - codes.astype(int)).max() <= 1
+
+
 # -- laws ------------------------------------------------------------------------------------------------------------
 
 
