@@ -32,15 +32,23 @@ _SETTLE = 0.03  # seconds; the thread pools of torch and ONNX Runtime spin on fo
 OURS, NEW = "qtools", "qtools, into a new array"
 
 
+def room(dtype: object) -> np.ndarray:
+    """An array on a boundary of 64 bytes, as torch and ONNX Runtime lay out theirs; NumPy's own may straddle lines."""
+    size = int(np.prod(SHAPE)) * np.dtype(dtype).itemsize
+    raw = np.zeros(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(SHAPE)
+
+
 def candidates(case: str, x: np.ndarray) -> dict[str, dict[str, Callable[[], object]]]:
     """Operation -> name -> what to time."""
     grid = CASES[case]
-    codes, qparams = affine.choose_and_quantize(x, grid)
+    codes, qparams = affine.choose_and_quantize(x, grid, out=room(grid.dtype))
     calls = {
-        "choose and quantize": (partial(affine.choose_and_quantize, x, grid), np.empty_like(codes)),
-        "quantize": (partial(affine.quantize, x, qparams), np.empty_like(codes)),
-        "dequantize": (partial(affine.dequantize, codes, qparams), np.empty_like(x)),
-        "fake-quantize": (partial(affine.fake_quantize, x, qparams), np.empty_like(x)),
+        "choose and quantize": (partial(affine.choose_and_quantize, x, grid), room(codes.dtype)),
+        "quantize": (partial(affine.quantize, x, qparams), room(codes.dtype)),
+        "dequantize": (partial(affine.dequantize, codes, qparams), room(np.float32)),
+        "fake-quantize": (partial(affine.fake_quantize, x, qparams), room(np.float32)),
     }
     # The copy and ONNX Runtime write into memory they have; a new array costs its pages besides, so both are shown.
     operations = {name: {OURS: partial(call, out=out), NEW: call} for name, (call, out) in calls.items()}
@@ -103,8 +111,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--check", action="store_true", help="exit 1 if an aim is missed")
     options = parser.parse_args()
-    x = np.random.default_rng(0).standard_normal(SHAPE, dtype=np.float32)
-    target = np.empty_like(x)
+    x, target = room(np.float32), room(np.float32)
+    np.random.default_rng(0).standard_normal(SHAPE, dtype=np.float32, out=x)
     missed = []
     for case in CASES:
         for operation, functions in candidates(case, x).items():
