@@ -223,6 +223,10 @@ def test_figures_refuse_to_go_without_title_or_label():
     with pytest.raises(ValueError, match="label"):
         figures.render(figure)
     ax.set_ylabel("length (m)")
+    ax.set_title("a finding so long that it does not fit above the picture, " * 3)
+    with pytest.raises(ValueError, match="wider than its picture"):
+        figures.render(figure)
+    ax.set_title("a finding")
     png, sidecar = figures.render(figure)
     assert png.startswith(b"\x89PNG")
     assert sidecar["axes"][0]["lines"][0]["xy"] == [[0, 1], [1, 2]]

@@ -82,7 +82,7 @@ def render(figure: Figure, alt: str = "") -> tuple[bytes, dict[str, Any]]:
     Raises
     ------
     ValueError
-        If an axis has no label, or no title states the finding.
+        If an axis has no label, no title states the finding, or a title is wider than the picture.
     """
     titles = [figure.get_suptitle(), *(ax.get_title(loc) for ax in figure.axes for loc in ("left", "center"))]
     title = next((text for text in titles if text), None)
@@ -93,6 +93,7 @@ def render(figure: Figure, alt: str = "") -> tuple[bytes, dict[str, Any]]:
             raise ValueError(f"both axes carry a label with its unit; {title!r} lacks one")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    _check_titles_fit(figure)
     png = buffer.getvalue()
     return png, {
         "title": title,
@@ -155,6 +156,13 @@ class Live(ipywidgets.VBox):
 
 
 # -- the numbers of a figure -----------------------------------------------------------------------------------------
+
+
+def _check_titles_fit(figure: Figure) -> None:
+    for ax in figure.axes:
+        for title in (ax.title, ax._left_title):
+            if title.get_text() and title.get_window_extent().x1 > figure.bbox.x1:
+                raise ValueError(f"the title {title.get_text()!r} is wider than its picture: shorten it")
 
 
 def _plotted(ax: Axes) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def _two_parts(ax: Axes, limits: np.ndarray, parts: np.ndarray) -> np.ndarray:
     ax.fill_between(limits, rounding, rounding + clipping, color=WARN, alpha=0.35, lw=0)
     ax.plot(limits, rounding + clipping, color="black")
     ax.text(0.97, 0.05, "rounding", color=INT8, transform=ax.transAxes, ha="right", weight="bold")
-    ax.text(0.04, 0.55, "clipping", color=WARN, transform=ax.transAxes, weight="bold")
+    ax.text(0.04, 0.3, "clipping", color=WARN, transform=ax.transAxes, weight="bold")
     ax.set(xlabel="clipping limit (standard deviations)", ylabel="mean squared error")
     return rounding + clipping
 
