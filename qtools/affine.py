@@ -263,12 +263,7 @@ def quantize(x: Array, qparams: QParams, *, rule: Rule = "onnx", out: Array | No
     xp = array_namespace(x)
     x, scale, zero_point = _operands(x, qparams)
     with np.errstate(over="ignore", invalid="ignore"):
-        if rule == "onnx":
-            q = xp.round(x / scale) + zero_point
-        elif rule == "torchao":
-            q = xp.round(x * (1 / scale)) + zero_point
-        else:
-            q = xp.round(x / scale + zero_point)
+        q = _rounded(xp, x, scale, zero_point, rule)
     if bool(xp.any(xp.isnan(q))):
         raise ValueError("cannot quantize NaN: no code stands for it")
     q = xp.clip(q, qparams.grid.qmin, qparams.grid.qmax)
@@ -477,6 +472,14 @@ def _check_out(out: Array | None, x: Array, dtype: Any) -> None:
         raise ValueError(f"out must be of the kind and shape {tuple(x.shape)} of the input, and hold {dtype}")
     if not (out.is_contiguous() if is_torch_array(out) else out.flags.c_contiguous and out.flags.writeable):
         raise ValueError("out must be contiguous and writeable")
+
+
+def _rounded(xp: Any, x: Array, scale: Array, zero_point: Array, rule: Rule) -> Array:
+    if rule == "onnx":
+        return xp.round(x / scale) + zero_point
+    if rule == "torchao":
+        return xp.round(x * (1 / scale)) + zero_point
+    return xp.round(x / scale + zero_point)
 
 
 def _into(out: Array | None, result: Array) -> Array:

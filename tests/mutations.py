@@ -14,13 +14,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 AFFINE, FUSED = "qtools/affine.py", "qtools/_fused.py"
 FAULTS = [
-    ("rounding: half up instead of half to even", AFFINE, "q = xp.round(x / scale) + zero_point",
-     "q = xp.floor(x / scale + 0.5) + zero_point"),
-    ("rounding: towards zero", AFFINE, "q = xp.round(x / scale) + zero_point", "q = xp.trunc(x / scale) + zero_point"),
-    ("zero point inside the rounding", AFFINE, "q = xp.round(x / scale) + zero_point",
-     "q = xp.round(x / scale + zero_point)"),
-    ("zero point subtracted in quantize", AFFINE, "q = xp.round(x / scale) + zero_point",
-     "q = xp.round(x / scale) - zero_point"),
+    ("rounding: half up instead of half to even", AFFINE, "return xp.round(x / scale) + zero_point",
+     "return xp.floor(x / scale + 0.5) + zero_point"),
+    ("rounding: towards zero", AFFINE, "return xp.round(x / scale) + zero_point", "return xp.trunc(x / scale) + zero_point"),
+    ("zero point inside the rounding", AFFINE, "return xp.round(x / scale) + zero_point",
+     "return xp.round(x / scale + zero_point)"),
+    ("zero point subtracted in quantize", AFFINE, "return xp.round(x / scale) + zero_point",
+     "return xp.round(x / scale) - zero_point"),
     ("zero point added in dequantize", AFFINE, "scale.dtype) - xp.astype(zero_point", "scale.dtype) + xp.astype(zero_point"),
     ("zero point of the wrong sign", AFFINE, "grid.qmin - xp.round(low / scale)", "grid.qmin + xp.round(low / scale)"),
     ("qmax one too small", AFFINE, "(1 << self.bits - self.signed) - 1", "(1 << self.bits - self.signed) - 2"),
