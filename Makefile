@@ -9,7 +9,8 @@
 # PYTHON       the Python that makes the environment (3.11 or newer)
 
 PYTHON ?= python3
-HTP ?= 1
+# Once left out, the backend stays out: only HTP=1 brings it (and its licence) back.
+HTP ?= $(if $(wildcard .venv/.ready-without-htp),0,1)
 TORCH_INDEX ?=
 ARGS ?=
 

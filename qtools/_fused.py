@@ -18,6 +18,7 @@ from typing import Any
 import numba
 import numpy as np
 from array_api_compat import is_torch_array
+from numba.extending import register_jitable
 
 from qtools.affine import Array, Grid, QParams, SymmetricScale, blocks_of, qparams_from_range, symmetric_divisors
 
@@ -28,17 +29,19 @@ _jit = numba.njit(nogil=True, cache=True)
 
 
 def takes(x: Array, block_size: tuple[int, ...], qparams: QParams | None) -> bool:
-    """Whether `x` is a contiguous CPU array of float32 (or codes whose scale is), its blocks on three axes at most."""
-    if len(_merged(tuple(x.shape), block_size)) > 3:
+    """Whether `x` and the scales lie in memory as the kernels want them, and the blocks on three axes at most."""
+    if str(x.dtype).removeprefix("torch.") not in ("float32", *_CODES) or not _plain_memory(x):
         return False
-    wanted = ("float32",) if qparams is None else _CODES
-    if str(x.dtype).removeprefix("torch.") not in wanted:
+    if qparams is not None and not (str(qparams.scale.dtype).endswith("float32") and _plain_memory(qparams.scale)):
         return False
-    if qparams is not None and not str(qparams.scale.dtype).endswith("float32"):
-        return False
+    return len(_merged(tuple(x.shape), block_size)) <= 3
+
+
+def _plain_memory(x: Array) -> bool:
+    """Contiguous, on the CPU, in the machine's byte order, and no part of a gradient."""
     if is_torch_array(x):
         return x.device.type == "cpu" and x.is_contiguous() and not x.requires_grad
-    return isinstance(x, np.ndarray) and x.flags.c_contiguous and x.dtype.isnative
+    return isinstance(x, np.ndarray | np.generic) and x.flags.c_contiguous and x.dtype.isnative
 
 
 def quantize(x: Array, qparams: QParams, out: Array | None = None, *, backwards: bool = False) -> Array:
@@ -53,7 +56,7 @@ def quantize(x: Array, qparams: QParams, out: Array | None = None, *, backwards:
 def fake_quantize(x: Array, qparams: QParams, out: Array | None = None) -> Array:
     """See `affine.fake_quantize`."""
     source, grid = _numpy(x), qparams.grid
-    result = np.empty_like(source) if out is None else _numpy(out)
+    result = np.empty(source.shape, np.float32) if out is None else _numpy(out)
     if any(_each_slab(_fake_rows, source, result, qparams, grid.qmin, grid.qmax)):
         raise ValueError("cannot quantize NaN: no code stands for it")
     return _like(result, x) if out is None else out
@@ -292,17 +295,17 @@ def _choose(low, high, symmetric, qmin, qmax, midpoint, above, below, eps):
     return scale, zero_point, possible
 
 
-@_jit
+@register_jitable
 def _code(x, s, z, low, high):
     return np.int32(min(max(np.rint(x / s) + z, low), high))
 
 
-@_jit
+@register_jitable
 def _faked(x, s, z, low, high):
     return (min(max(np.rint(x / s) + z, low), high) - z) * s
 
 
-@_jit
+@register_jitable
 def _value(code, s, z, low, high):
     return (np.float32(code) - z) * s
 
@@ -310,7 +313,8 @@ def _value(code, s, z, low, high):
 def _over_rows(element):
     """The loops over rows and blocks around what is done to an element; the result tells whether a NaN was met.
 
-    Row r uses the scales of row[r]: one an element (width 1), one in all, or one a block.
+    Row r uses the scales of row[r]: one an element (width 1), one in all, or one a block.  `element` is jitable, not
+    jitted: numba could not find a closure over a compiled function in its cache again.
     """
 
     @_jit

@@ -183,6 +183,8 @@ def qparams_from_range(
     ValueError
         If a range is reversed or not finite.
     """
+    _check_options(grid, symmetric_scale, eps)
+    low, high = _working(low), _working(high)
     xp = array_namespace(low, high)
     if not bool(xp.all(xp.isfinite(low) & xp.isfinite(high) & (low <= high))):
         raise ValueError("cannot choose a scale: the range holds NaN or infinity, or low is above high")
@@ -235,7 +237,7 @@ def quantize(x: Array, qparams: QParams, *, rule: Rule = "onnx", out: Array | No
         ``round(x / s) + zp`` (ONNX, the default), ``round(x * (1 / s)) + zp`` (torchao), or
         ``round(x / s + zp)`` (zero point inside the rounding).  They differ at ties and in the last bit.
     out : array of `qparams.grid.dtype`, optional
-        Where to write the codes: contiguous, shape and kind of `x`.
+        Where to write the codes: contiguous, shape and kind of `x`.  After an error its content is undefined.
 
     Returns
     -------
@@ -258,7 +260,7 @@ def quantize(x: Array, qparams: QParams, *, rule: Rule = "onnx", out: Array | No
         raise ValueError(f"rule must be one of {get_args(Rule)}, got {rule!r}")
     _check_float(x)
     _check_out(out, x, qparams.grid.dtype)
-    if rule == "onnx" and (fused := _fused_for(x, qparams.grid)):
+    if rule == "onnx" and (fused := _fused_for(x, qparams.grid, qparams)):
         return fused.quantize(x, qparams, out)
     xp = array_namespace(x)
     x, scale, zero_point = _operands(x, qparams)
@@ -314,7 +316,7 @@ def fake_quantize(x: Array, qparams: QParams, *, out: Array | None = None) -> Ar
     """
     _check_float(x)
     _check_out(out, x, x.dtype)
-    if fused := _fused_for(x, qparams.grid):
+    if fused := _fused_for(x, qparams.grid, qparams):
         return fused.fake_quantize(x, qparams, out)
     return dequantize(quantize(x, qparams), qparams, dtype=x.dtype, out=out)
 
@@ -336,6 +338,7 @@ def choose_and_quantize(
     """
     _check_float(x)
     _check_out(out, x, grid.dtype)
+    _check_options(grid, symmetric_scale, eps)
     if math.prod(x.shape) and (fused := _fused_for(x, grid)):
         return fused.choose_and_quantize(x, grid, symmetric_scale, eps, out)
     qparams = choose_qparams(x, grid, symmetric_scale=symmetric_scale, eps=eps)
@@ -388,8 +391,8 @@ def blocks_of(shape: tuple[int, ...], block_size: tuple[int, ...]) -> list[tuple
         raise ValueError(
             f"block_size {block_size} names {len(block_size)} axes, the tensor of shape {shape} has another rank"
         )
-    sizes = [max(n, 1) if b == -1 else min(b, max(n, 1)) for n, b in zip(shape, block_size)]
-    return [(-(-n // b), b) for n, b in zip(shape, sizes)]
+    sizes = [n if b == -1 else min(b, max(n, 1)) for n, b in zip(shape, block_size)]
+    return [(1 if b == -1 else -(-n // size), size) for n, b, size in zip(shape, block_size, sizes)]
 
 
 def pack_int4(codes: np.ndarray) -> np.ndarray:
@@ -456,7 +459,7 @@ def _as_int(value: Any, name: str) -> int:
 
 
 def _check_float(x: Array) -> None:
-    if not (isinstance(x, np.ndarray | np.generic) or is_torch_array(x)):
+    if isinstance(x, np.ma.MaskedArray) or not (isinstance(x, np.ndarray | np.generic) or is_torch_array(x)):
         raise TypeError(f"expected a NumPy or torch array, got {type(x).__name__}")
     name = str(x.dtype).removeprefix("torch.")
     if name not in _FLOATS:
@@ -465,10 +468,18 @@ def _check_float(x: Array) -> None:
         )
 
 
+def _check_options(grid: Grid, symmetric_scale: SymmetricScale, eps: float | None) -> None:
+    symmetric_divisors(grid, symmetric_scale)
+    if eps is not None and not 0 < eps < math.inf:
+        raise ValueError(f"eps must be positive and finite, or None, got {eps!r}")
+
+
 def _check_out(out: Array | None, x: Array, dtype: Any) -> None:
     if out is None:
         return
-    if type(out) is not type(x) or out.shape != x.shape or str(out.dtype).split(".")[-1] != str(dtype).split(".")[-1]:
+    name = str(dtype).removeprefix("torch.") if is_torch_array(x) else np.dtype(dtype).name
+    same_kind = is_torch_array(out) == is_torch_array(x) and hasattr(out, "dtype")
+    if not same_kind or out.shape != x.shape or str(out.dtype).removeprefix("torch.") != name:
         raise ValueError(f"out must be of the kind and shape {tuple(x.shape)} of the input, and hold {dtype}")
     if not (out.is_contiguous() if is_torch_array(out) else out.flags.c_contiguous and out.flags.writeable):
         raise ValueError("out must be contiguous and writeable")
@@ -547,7 +558,12 @@ def _operands(x: Array, qparams: QParams) -> tuple[Array, Array, Array]:
     xp = array_namespace(x)
     x = _working(x)
     scale, zero_point = _spread(qparams, tuple(x.shape), xp, x)
-    return x, xp.astype(scale, x.dtype), xp.astype(zero_point, x.dtype)
+    narrowed = xp.astype(scale, x.dtype)
+    if scale.dtype != x.dtype and not bool(xp.all(xp.isfinite(narrowed) & (narrowed > 0))):
+        raise ValueError(
+            f"a scale of {scale.dtype} is out of the range of {x.dtype}, in which {x.dtype} data are divided"
+        )
+    return x, narrowed, xp.astype(zero_point, x.dtype)
 
 
 def _floor_scale(xp: Any, scale: Array, eps: float | None) -> Array:

@@ -52,7 +52,7 @@ def sqnr_db(x: Array, y: Array) -> float:
     signal = _mean(_double(x) ** 2)
     if noise == 0:
         return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+    return 10 * math.log10(signal / noise) if signal != 0 else -math.inf
 
 
 def _double(x: Array) -> Array:

@@ -156,6 +156,8 @@ class MinMaxObserver(Observer):
         """See `Observer.qparams`; under AIMET's rules a symmetric scale is the length of the range over its steps."""
         if self.rules == "qtools" or not grid.symmetric:
             return super().qparams(grid, symmetric_scale=symmetric_scale, eps=eps)
+        if symmetric_scale is not None or eps is not None:
+            raise ValueError("rules='aimet-torch' fix the symmetric scale: leave symmetric_scale and eps out")
         low, high = self.range(grid)
         xp = array_namespace(low)
         scale = (high / 2 - low / 2) / (grid.qmax - grid.qmin) * 2

@@ -1,6 +1,10 @@
 """The equations against ONNX, ONNX Runtime, torch, torchao, and their own laws."""
 
+import functools
 import math
+import os
+import subprocess
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -253,8 +257,12 @@ def test_results_go_where_they_are_told(size, kind):
         np.testing.assert_array_equal(np.asarray(out), np.asarray(function(argument, qparams)))
         with pytest.raises(ValueError, match="out must be"):
             function(argument, qparams, out=make(np.zeros(size, np.int32)))
+        assert function(argument, qparams, out=out) is out
         with pytest.raises(ValueError, match="out must be contiguous"):
             function(argument, qparams, out=make(np.zeros(2 * size, dtype))[::2])
+    half = np.float16 if kind == "numpy" else torch.float16
+    out = make(np.zeros(size, np.float16))
+    assert dequantize(codes, qparams, half, out=out) is out
     out = make(np.zeros(size, np.uint8))
     assert choose_and_quantize(x, Grid(8), out=out)[0] is out
     np.testing.assert_array_equal(np.asarray(out), np.asarray(codes))
@@ -310,6 +318,44 @@ def test_int4_packing_equals_onnx():
     raw = helper.make_tensor("w", TensorProto.INT4, [16], codes.tolist()).int32_data
     assert pack_int4(codes).tolist() == list(raw)
     assert unpack_int4(pack_int4(codes + 8), (4, 4), signed=False).ravel().tolist() == list(range(16))
+
+
+@pytest.mark.parametrize("size", [8, 1024])
+def test_scales_of_any_kind_give_the_same_result_small_and_large(size):
+    x = torch.from_numpy(numbers(size, size))
+    grid = Grid(8, True, True, block_size=(1, -1))
+    plain = choose_qparams(x, grid)
+    codes = quantize(x, plain)
+    values = dequantize(codes, plain)
+    learned = QParams(grid, plain.scale.clone().requires_grad_(), plain.zero_point)
+    assert torch.equal(quantize(x, learned), codes)
+    assert torch.equal(dequantize(codes, learned).detach(), values)
+    wide = QParams(grid, plain.scale.double(), plain.zero_point)
+    assert torch.equal(quantize(x, wide), codes)
+    torch.testing.assert_close(fake_quantize(x, wide), values, rtol=1e-7, atol=0)
+
+
+def test_compiled_kernels_are_found_in_the_cache_again(tmp_path):
+    program = (
+        "import numpy as np; from qtools import _fused; from qtools.affine import *;"
+        "x = np.ones((1024, 1024), np.float32); c, p = choose_and_quantize(x, Grid(8, block_size=(1, -1)));"
+        "quantize(x, p); fake_quantize(x, p); dequantize(c, p);"
+        "names = ('_choose_rows', '_quantize_rows', '_fake_rows', '_dequantize_rows');"
+        "print(sum(getattr(_fused, n).stats.cache_misses.total() for n in names))"
+    )
+    env = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    run = functools.partial(subprocess.run, [sys.executable, "-c", program], env=env, capture_output=True, check=True)
+    assert [int(run().stdout) for _ in range(2)] == [4, 0]
+
+
+def test_an_empty_batch_has_no_codes():
+    qparams = choose_qparams(numbers(6, 4), Grid(8, block_size=(-1, 1)))
+    assert quantize(numbers(0, 4), qparams).shape == (0, 4)
+
+
+def test_a_range_in_half_precision_is_worked_out_in_single():
+    qparams = qparams_from_range(np.float16(-1), np.float16(1), Grid(16))
+    assert qparams.scale.dtype == np.float32 and float(qparams.scale) == pytest.approx(2 / 65535)
 
 
 # -- the door --------------------------------------------------------------------------------------------------------
@@ -399,6 +445,32 @@ def test_bits_outside_2_to_16_are_refused(bits):
 def test_bad_block_sizes_are_refused(block_size):
     with pytest.raises((ValueError, TypeError), match="block_size"):
         Grid(8, block_size=block_size)
+
+
+@pytest.mark.parametrize("size", [4, 1 << 20])
+def test_bad_options_are_refused_whatever_the_size(size):
+    x = np.zeros(size, np.float32)
+    for function in (choose_qparams, choose_and_quantize):
+        for eps in (0, -1.0, math.nan, math.inf):
+            with pytest.raises(ValueError, match="eps must be positive"):
+                function(x, Grid(8), eps=eps)
+        with pytest.raises(ValueError, match="symmetric_scale must be one of"):
+            function(x, Grid(8), symmetric_scale="max")
+        with pytest.raises(TypeError, match="expected a NumPy or torch array"):
+            function(np.ma.masked_array(x), Grid(8))
+
+
+def test_a_scale_beyond_the_precision_of_the_data_is_refused():
+    with pytest.raises(ValueError, match="out of the range of float32"):
+        quantize(numbers(3), QParams(Grid(8), np.float64(1e-50), np.int32(0)))
+
+
+def test_onnx_has_no_narrow_range_and_no_ill_fitting_scale():
+    narrow = choose_qparams(numbers(3), Grid(8, True, True, True))
+    with pytest.raises(ValueError, match="no narrow range"):
+        quantizer_model(narrow, (3,))
+    with pytest.raises(ValueError, match="does not fit"):
+        quantizer_model(choose_qparams(numbers(4, 8), Grid(8, block_size=(1, -1))), (5, 8))
 
 
 def test_the_wrong_rank_or_shape_is_refused():

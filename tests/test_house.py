@@ -101,7 +101,7 @@ def test_make_leaves_the_backend_out_when_asked() -> None:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=env).stdout
 
     assert "sed '/^onnxruntime-qnn==/d'" in said("HTP=0") and ".ready-without-htp" in said("HTP=0")
-    assert "sed ''" in said() and ".ready-with-htp" in said()
+    assert "sed ''" in said("HTP=1") and ".ready-with-htp" in said("HTP=1")
     assert "--extra-index-url https://x.org/cpu" in said("TORCH_INDEX=https://x.org/cpu")
 
 

@@ -49,6 +49,15 @@ def test_nothing_is_printed_by_the_native_library():
     assert done.stderr == ""
 
 
+@needs_backend
+def test_what_is_no_model_is_not_called_a_refusal(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such ONNX file"):
+        htp.session(tmp_path / "gone.onnx")
+    with pytest.raises(ValueError, match="not a valid ONNX model") as caught:
+        htp.session(b"garbage")
+    assert not isinstance(caught.value, htp.HTPRefused)
+
+
 def test_an_unknown_architecture_is_refused():
     with pytest.raises(ValueError, match="arch must be one of v68"):
         htp.session(b"", "v7")

@@ -45,6 +45,18 @@ def test_numbers_and_code_of_the_readme_are_right():
         exec(code, {})
 
 
+def test_the_readme_gives_every_verdict_as_it_was_computed():
+    rows = dict(
+        re.findall(
+            r"^\| (C\d\d) .*?\| (holds when|holds|fails|needs a phone)\b", (ROOT / "README.md").read_text(), re.M
+        )
+    )
+    verdicts = {}
+    for file in (ROOT / "data/results").glob("[0-9][0-9].json"):
+        verdicts |= {key: entry["verdict"] for key, entry in json.loads(file.read_text())["verdicts"].items()}
+    assert rows == verdicts
+
+
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
 def test_solutions_solve_the_exercises_and_nothing_else_does(chapter):
     cells = json.loads(chapter.read_text())["cells"]
@@ -230,26 +242,42 @@ def test_figures_refuse_to_go_without_title_or_label():
     png, sidecar = figures.render(figure)
     assert png.startswith(b"\x89PNG")
     assert sidecar["axes"][0]["lines"][0]["xy"] == [[0, 1], [1, 2]]
+    assert sidecar["axes"][0]["x"]["label"] == "time (s)"
 
 
-@pytest.mark.parametrize("kind", ["plot", "bar", "imshow", "fill_between", "stairs", "scatter", "text"])
-def test_a_changed_number_in_a_figure_is_noticed(kind):
+CHANGES = {
+    "line": lambda ax, v: ax.plot([1, v]),
+    "bar": lambda ax, v: ax.bar([0, 1], [1, v]),
+    "bar's foot": lambda ax, v: ax.bar([0, 1], [1, 1], bottom=[0, v]),
+    "lying bar": lambda ax, v: ax.barh([0, v], [1, 1]),
+    "image": lambda ax, v: ax.imshow([[1, v]]),
+    "colour scale": lambda ax, v: ax.imshow([[1, 2]], vmax=v),
+    "area": lambda ax, v: ax.fill_between([0, 1], [1, v]),
+    "steps": lambda ax, v: ax.stairs([1, v]),
+    "edge": lambda ax, v: ax.stairs([1, 2], [0, 1, v]),
+    "point": lambda ax, v: ax.scatter([0, 1], [1, v]),
+    "point's colour": lambda ax, v: ax.scatter([0, 1], [1, 1], c=[0, v]),
+    "text": lambda ax, v: ax.text(0, 0, f"{v}"),
+    "text's place": lambda ax, v: ax.text(0, v, "here"),
+    "tick label": lambda ax, v: ax.set_xticks([0, 1], ["a", f"{v}"]),
+    "limit": lambda ax, v: ax.set_ylim(0, v),
+    "scale": lambda ax, v: ax.set_yscale("log" if v > 2 else "linear"),
+    "label": lambda ax, v: ax.set_xlabel(f"{v}"),
+    "colour": lambda ax, v: ax.plot([0, 1], color="red" if v > 2 else "blue"),
+    "small beside large": lambda ax, v: ax.plot([0, 1e6], [0.5, v / 10]),
+    "legend": lambda ax, v: (ax.plot([0, 1], label=f"{v}"), ax.legend()),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_changed_figure_is_noticed(kind):
     from qtools.suite import figures
 
     def sidecar(value):
         figure, ax = figures.new()
-        draw = {
-            "plot": lambda: ax.plot([1, value]),
-            "bar": lambda: ax.bar([0, 1], [1, value]),
-            "imshow": lambda: ax.imshow([[1, value]]),
-            "fill_between": lambda: ax.fill_between([0, 1], [1, value]),
-            "stairs": lambda: ax.stairs([1, value]),
-            "scatter": lambda: ax.scatter([0, 1], [1, value]),
-            "text": lambda: ax.text(0, 0, f"{value}"),
-        }
-        draw[kind]()
         ax.set(title="t", xlabel="x", ylabel="y")
-        return json.loads(json.dumps(figures.render(figure)[1]))
+        CHANGES[kind](ax, value)
+        return json.loads(json.dumps(figures.render(figure)[1], allow_nan=False))
 
     figures.compare(sidecar(2.0), sidecar(2.0), "same")
     with pytest.raises(AssertionError, match="figure other"):

@@ -35,13 +35,18 @@ def test_a_result_within_its_tolerance_passes(root):
     ("key", "value", "source", "message"),
     [
         ("a", 1.02, "simulated", "committed as 1.0"),
-        ("a", 1.0, "computed", "comes from 'computed'"),
+        ("a", 1.0, "computed", "source is 'computed'"),
         ("new", 1.0, "simulated", "not in the committed"),
     ],
 )
 def test_a_changed_result_fails_in_its_cell(root, key, value, source, message):
     with pytest.raises(AssertionError, match=message):
         Chapter(3, root).record(key, value, source=source, rtol=0.01)
+
+
+def test_a_changed_tolerance_fails_too(root):
+    with pytest.raises(AssertionError, match=r"rtol is 5, committed as 0\.01"):
+        Chapter(3, root).record("a", 1.0, source="simulated", rtol=5)
 
 
 def test_a_result_that_is_no_longer_made_fails_at_the_end(root):
@@ -76,9 +81,9 @@ def test_malformed_records_are_refused(root):
         chapter.record("A b", 1)
     with pytest.raises(ValueError, match="source must be one of"):
         chapter.record("a", 1, source="guessed")
-    chapter.record("a", 1, source="simulated")
+    chapter.record("a", 1.0, source="simulated", rtol=0.01)
     with pytest.raises(ValueError, match="twice"):
-        chapter.record("a", 1, source="simulated")
+        chapter.record("a", 1.0, source="simulated", rtol=0.01)
 
 
 def test_reading_a_chapter_writes_nothing(tmp_path, monkeypatch):
@@ -91,12 +96,16 @@ def test_reading_a_chapter_writes_nothing(tmp_path, monkeypatch):
 
 
 def test_timings_are_read_unless_measured_again(root, monkeypatch):
+    monkeypatch.delenv("QTOOLS_CHECK")
     chapter = Chapter(3, root)
     with pytest.raises(FileNotFoundError, match="MEASURE=1"):
         chapter.measured("speed", lambda: {"ratio": 1.5})
     chapter.measured("speed", lambda: {"ratio": 1.5}, again=True)
     taken = Chapter(3, root).measured("speed", lambda: {"ratio": 9.9})
     assert taken["values"] == {"ratio": 1.5} and taken["cpu"] and taken["date"]
+    monkeypatch.setenv("QTOOLS_CHECK", "1")
+    with pytest.raises(AssertionError, match="committed results another"):
+        Chapter(3, root).measured("speed", lambda: {"ratio": 1.5})
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "data").rglob("*.json")) + sorted((ROOT / "figures").glob("*.json")))

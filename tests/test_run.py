@@ -273,3 +273,35 @@ def test_an_output_that_differs_elsewhere_is_refused(text: str, tmp_path: Path) 
 def test_prose_that_names_no_result_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Failure, match="cell 2: the prose names the result 'gone'"):
         tidied(tmp_path, prose="1<!--=gone:.1f-->")
+
+
+def test_a_chapter_that_leaves_without_an_error_has_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_notebook(tmp_path / "notebooks/04_exit.ipynb", "import sys\nsys.exit(0)", "print('never')")
+    write_notebook(tmp_path / "notebooks/05_silent.ipynb", "print('no results')")
+    (tmp_path / "data/results").mkdir(parents=True)
+    (tmp_path / "data/results/05.json").write_text("{}")
+    before = contents(tmp_path)
+    assert run(tmp_path, jobs=2) == 1
+    assert contents(tmp_path) == before
+    said = capsys.readouterr().err
+    assert "04_exit: stopped after" in said and "05_silent: wrote no data/results/05.json" in said
+
+
+def test_files_already_moved_are_put_back_when_one_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage, root = tmp_path / "stage", tmp_path / "root"
+    for folder, text in ((stage, "new"), (root, "old")):
+        for name in ("figures/01_a.png", "figures/01_b.png", "notebooks/01_x.ipynb"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+    (stage / "figures/01_c.png").write_text("new")
+    before, move = contents(root), os.replace
+
+    def third_fails(source: Path, target: Path) -> None:
+        if Path(target).name == "01_x.ipynb":
+            raise PermissionError("not this one")
+        move(source, target)
+
+    monkeypatch.setattr(os, "replace", third_fails)
+    with pytest.raises(PermissionError):
+        publish(stage, "01_x", root, root)
+    assert contents(root) == before

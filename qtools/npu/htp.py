@@ -87,6 +87,8 @@ def session(model: onnx.ModelProto | bytes | os.PathLike | str, arch: str = "v75
         If the backend cannot be used here.
     HTPRefused
         If it leaves a node of the model to the CPU.
+    FileNotFoundError, ValueError
+        If there is no such file, or it holds no ONNX model.
     """
     if arch not in SOC_OF_ARCH:
         raise ValueError(f"arch must be one of {', '.join(SOC_OF_ARCH)}, got {arch!r}")
@@ -102,10 +104,14 @@ def session(model: onnx.ModelProto | bytes | os.PathLike | str, arch: str = "v75
         {"backend_path": onnxruntime_qnn.get_qnn_htp_path(), "htp_arch": arch[1:], "soc_model": SOC_OF_ARCH[arch]},
     )
     source = model if isinstance(model, bytes) else os.fspath(model) if _is_path(model) else model.SerializeToString()
+    if _is_path(model) and not os.path.isfile(source):
+        raise FileNotFoundError(f"no such ONNX file: {source}")
     with _silence() as said:
         try:
             return onnxruntime.InferenceSession(source, options)
         except Exception as error:
+            if "INVALID_PROTOBUF" in str(error) or "INVALID_GRAPH" in str(error):
+                raise ValueError(f"not a valid ONNX model: {error}".replace("\n", " ")) from None
             raise HTPRefused(_refusal(arch, str(error), said())) from None
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qtools.affine import Grid, QParams
+from qtools.affine import Grid, QParams, blocks_of
 
 if TYPE_CHECKING:
     import onnx
@@ -20,7 +20,7 @@ def onnx_type(grid: Grid) -> int:
     Raises
     ------
     ValueError
-        If ONNX has none: it knows 4, 8 and 16 bits.
+        If ONNX has none: it knows 4, 8 and 16 bits, and uses every code.
 
     Examples
     --------
@@ -32,6 +32,8 @@ def onnx_type(grid: Grid) -> int:
 
     if grid.bits not in (4, 8, 16):
         raise ValueError(f"ONNX has codes of 4, 8 and 16 bits, not of {grid.bits}")
+    if grid.narrow_range:
+        raise ValueError("ONNX's QuantizeLinear uses every code of its type: it has no narrow range")
     return TensorProto.DataType.Value(f"{'INT' if grid.signed else 'UINT'}{grid.bits}")
 
 
@@ -50,6 +52,9 @@ def quantizer_model(qparams: QParams, shape: tuple[int, ...]) -> onnx.ModelProto
     from onnx import TensorProto, helper
 
     code_type = onnx_type(qparams.grid)
+    counts = tuple(count for count, _ in blocks_of(shape, qparams.grid.block_size))
+    if tuple(qparams.scale.shape) != counts:
+        raise ValueError(f"scale of shape {tuple(qparams.scale.shape)} does not fit a tensor of shape {shape}")
     constants, attributes = _scale_tensors(qparams, shape, code_type)
     constants.append(helper.make_tensor("shape", TensorProto.INT64, [len(shape)], shape))
     nodes = [

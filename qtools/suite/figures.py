@@ -16,6 +16,7 @@ import ipywidgets
 import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ def render(figure: Figure, alt: str = "") -> tuple[bytes, dict[str, Any]]:
         "title": title,
         "alt": alt or title,
         "png_sha256": hashlib.sha256(png).hexdigest(),
+        "texts": [text.get_text() for text in figure.texts],
         "axes": [_plotted(ax) for ax in figure.axes],
     }
 
@@ -113,8 +115,8 @@ def compare(plotted: Mapping[str, Any], committed: Mapping[str, Any] | None, nam
     """
     if committed is None:
         raise AssertionError(f"figure {name} is not committed")
-    _same(plotted["axes"], committed["axes"], name, rtol)
-    _same(plotted["title"], committed["title"], f"{name} title", rtol)
+    for part in ("title", "alt", "texts", "axes"):
+        _same(plotted[part], committed[part], f"{name} {part}", rtol)
 
 
 class Live(ipywidgets.VBox):
@@ -166,23 +168,42 @@ def _check_titles_fit(figure: Figure) -> None:
 
 
 def _plotted(ax: Axes) -> dict[str, Any]:
-    """Every line, bar, step, area, image and text of one set of axes, to five digits."""
-    drawn: dict[str, Any] = {"title": ax.get_title("left"), "x": ax.get_xlabel(), "y": ax.get_ylabel()}
-    lines = [{"label": line.get_label(), "xy": _digits(line.get_xydata())} for line in ax.lines]
-    bars = [
-        [_digits(p.get_x()), _digits(p.get_width()), _digits(p.get_height())]
-        for p in ax.patches
-        if hasattr(p, "get_height")
+    """What a reader sees in one set of axes: labels, scales, limits, and every mark with its place and colour."""
+    drawn: dict[str, Any] = {"title": ax.get_title("left") or ax.get_title()}
+    for name, axis, limits in (("x", ax.xaxis, ax.get_xlim()), ("y", ax.yaxis, ax.get_ylim())):
+        drawn[name] = {"label": axis.get_label_text(), "scale": axis.get_scale(), "limits": _digits(limits)}
+        drawn[name]["ticks"] = [label.get_text() for label in axis.get_ticklabels()]
+    lines = [
+        {"label": line.get_label(), "color": to_hex(line.get_color()), "xy": _digits(line.get_xydata())}
+        for line in ax.lines
     ]
-    steps = [_digits(p.get_data().values) for p in ax.patches if hasattr(p, "get_data")]
-    areas = [_digits(np.concatenate([c.get_offsets(), *(p.vertices for p in c.get_paths())])) for c in ax.collections]
-    images = [_digits(image.get_array()) for image in ax.images]
-    texts = [text.get_text() for text in ax.texts if text.get_text()]
-    parts = {"lines": lines, "bars": bars, "steps": steps, "areas": areas, "images": images, "texts": texts}
+    patches = [
+        {
+            "label": str(patch.get_label()),
+            "color": to_hex(patch.get_facecolor()),
+            "xy": _digits(patch.get_path().vertices),
+        }
+        | {"place": _digits(patch.get_patch_transform().get_matrix())}
+        for patch in ax.patches
+    ]
+    areas = [
+        {"color": [to_hex(color) for color in area.get_facecolor()], "values": _digits(area.get_array())}
+        | {"xy": _digits(np.concatenate([area.get_offsets(), *(path.vertices for path in area.get_paths())]))}
+        for area in ax.collections
+    ]
+    images = [
+        {"values": _digits(i.get_array()), "extent": _digits(i.get_extent()), "colors": _digits(i.get_clim())}
+        for i in ax.images
+    ]
+    texts = [{"text": text.get_text(), "at": _digits(text.get_position())} for text in ax.texts if text.get_text()]
+    legend = [text.get_text() for text in ax.get_legend().get_texts()] if ax.get_legend() else []
+    parts = {"lines": lines, "patches": patches, "areas": areas, "images": images, "texts": texts, "legend": legend}
     return drawn | {name: part for name, part in parts.items() if part}
 
 
 def _digits(values: Any) -> Any:
+    if values is None:
+        return None
     array = np.asarray(np.ma.filled(values, np.nan) if np.ma.isMaskedArray(values) else values, float)
     rounded = np.vectorize(lambda v: float(f"{v:.5g}") if np.isfinite(v) else None, otypes=[object])
     return rounded(array).tolist()  # a gap in a line is null: JSON has no NaN
@@ -193,17 +214,18 @@ def _same(new: Any, old: Any, where: str, rtol: float) -> None:
         for key in new:
             _same(new[key], old[key], f"{where} {key}", rtol)
     elif isinstance(new, list) and isinstance(old, list) and len(new) == len(old):
-        numbers = _numbers(new), _numbers(old)
-        if numbers[0] is not None and numbers[1] is not None and numbers[0].shape == numbers[1].shape:
-            scale = np.nanmax(np.abs(numbers[1]), initial=0.0)
-            if not np.allclose(*numbers, rtol=rtol, atol=rtol * 1e-3 * scale, equal_nan=True):
-                worst = np.nanmax(np.abs(numbers[0] - numbers[1]))
+        a, b = _numbers(new), _numbers(old)
+        if a is not None and b is not None and a.shape == b.shape:
+            # Near zero the size of the other numbers of a column counts, not that of other columns.
+            scale = np.nan_to_num(np.abs(b)).max(axis=0) if b.ndim else 0
+            if not np.all(np.isclose(a, b, rtol=rtol, atol=rtol * 1e-3 * scale, equal_nan=True)):
+                worst = np.nanmax(np.abs(a - b))
                 raise AssertionError(
-                    f"figure {where}: plotted numbers differ from the committed ones by up to {worst:.3g}"
+                    f"figure {where}: drawn numbers differ from the committed ones by up to {worst:.3g}"
                 )
             return
-        for index, (a, b) in enumerate(zip(new, old, strict=True)):
-            _same(a, b, f"{where}[{index}]", rtol)
+        for index, (one, other) in enumerate(zip(new, old, strict=True)):
+            _same(one, other, f"{where}[{index}]", rtol)
     elif isinstance(new, float | int) and isinstance(old, float | int):
         _same([new], [old], where, rtol)
     elif new != old:
@@ -211,8 +233,12 @@ def _same(new: Any, old: Any, where: str, rtol: float) -> None:
 
 
 def _numbers(values: list[Any]) -> np.ndarray | None:
+    """A (nested) list of numbers and gaps as an array; None if it holds words or is ragged."""
     try:
-        array = np.asarray(values, float)
-    except (TypeError, ValueError):
+        array = np.array(values, object)
+    except ValueError:
         return None
-    return array if array.size else None
+    flat = array.ravel()
+    if not flat.size or not all(value is None or isinstance(value, float | int) for value in flat):
+        return None
+    return array.astype(float)

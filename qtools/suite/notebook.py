@@ -49,7 +49,10 @@ def cells_done(path: Path, known: int = 0) -> int:
 
 def failure(path: Path, log: Path) -> Failure:
     """Say which cell failed, with its source and the last lines of the error."""
-    cells = [cell for cell in _read(path).cells if cell.cell_type == "code"] if path.exists() else []
+    try:
+        cells = [cell for cell in _read(path).cells if cell.cell_type == "code"]
+    except (OSError, ValueError):  # killed while it was being written, or before
+        cells = []
     for cell in cells:
         state = cell.metadata.get("papermill", {})
         if state.get("exception") or state.get("status") == "running":

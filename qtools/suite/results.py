@@ -137,7 +137,11 @@ class Chapter:
             if taken is None:
                 raise FileNotFoundError(f"{path} is not there: run the chapter once with -p MEASURE=1")
         for key, value in taken["values"].items():
-            self.results[key] = {"value": value, "source": "measured here"}  # compared with nothing
+            self.results[key] = {"value": value, "source": "measured here"}
+            if self._check and self.results[key] != self._committed["results"].get(key):
+                raise AssertionError(
+                    f"{path} has {key} = {value}, the committed results another: run the chapter again"
+                )
         return taken
 
     def figure(self, figure: Any, name: str, alt: str = "") -> Any:
@@ -216,8 +220,11 @@ class Chapter:
         committed = self._committed["results"].get(key)
         if committed is None:
             raise AssertionError(f"result {key!r} is not in the committed {self._path}")
-        if entry["source"] != committed["source"]:
-            raise AssertionError(f"result {key!r} comes from {entry['source']!r}, committed as {committed['source']!r}")
+        for name in ("source", "rtol", "atol"):
+            if entry.get(name) != committed.get(name):
+                raise AssertionError(
+                    f"result {key!r}: {name} is {entry.get(name)!r}, committed as {committed.get(name)!r}"
+                )
         new, old = entry["value"], committed["value"]
         if abs(new - old) > entry.get("atol", 0) + entry["rtol"] * abs(old):
             raise AssertionError(f"result {key!r} is {new!r}, committed as {old!r} (rtol {entry['rtol']})")

@@ -240,14 +240,25 @@ def _finish(task: Task, root: Path, target: Path) -> None:
     try:
         if task.process.returncode:
             raise failure(task.notebook, task.log)
+        _check_finished(task, root)
         tidy(task.notebook, task.out / f"data/results/{task.source.stem[:2]}.json", root if target == root else None)
         publish(task.out, task.source.stem, target, root)
-    except (Failure, OSError) as error:
+    except Exception as error:  # whatever it was, the other chapters go on
         task.result = "failed"
-        tqdm.write(f"\n{task.source.stem}: {error}\n", file=sys.stderr)
+        kind = "" if isinstance(error, Failure | OSError) else f"{type(error).__name__}: "
+        tqdm.write(f"\n{task.source.stem}: {kind}{error}\n", file=sys.stderr)
         return
     task.result, task.done = "ok", task.cells
     task.figures = len(list((task.out / "figures").glob("*.png")))
+
+
+def _check_finished(task: Task, root: Path) -> None:
+    # A kernel may leave without an error (sys.exit), and a chapter without its results.
+    if (done := cells_done(task.notebook)) < task.cells:
+        raise Failure(f"stopped after {done} of {task.cells} cells, without an error")
+    results = f"data/results/{task.source.stem[:2]}.json"
+    if (root / results).exists() and not (task.out / results).exists():
+        raise Failure(f"wrote no {results}: its last cell must finish the chapter")
 
 
 def publish(stage: Path, chapter: str, target: Path, root: Path) -> None:
@@ -281,12 +292,20 @@ def _same(place: Path, file: Path) -> bool:
 def _replace_all(moves: Mapping[Path, Path]) -> None:
     """Copy every file beside its place first; only when all are there, rename them."""
     beside = {place: place.with_name(f".{place.name}.new") for place in moves}
+    before = {place: place.read_bytes() if place.is_file() else None for place in moves}
     try:
         for place, file in moves.items():
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, beside[place])
         for place, copy in beside.items():
             os.replace(copy, place)
+    except OSError:
+        for place, content in before.items():
+            if content is None:
+                place.unlink(missing_ok=True)
+            elif place.read_bytes() != content:
+                place.write_bytes(content)
+        raise
     finally:
         for copy in beside.values():
             copy.unlink(missing_ok=True)
