@@ -18,6 +18,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from PIL import Image
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,7 +94,8 @@ def render(figure: Figure, alt: str = "") -> tuple[bytes, dict[str, Any]]:
         if ax.axison and not (ax.get_xlabel() and ax.get_ylabel()):
             raise ValueError(f"both axes carry a label with its unit; {title!r} lacks one")
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    figure.set_dpi(DPI)
+    figure.savefig(buffer, format="png", metadata={"Software": None})
     _check_titles_fit(figure)
     png = buffer.getvalue()
     return png, {
@@ -140,9 +142,11 @@ class Live(ipywidgets.VBox):
         self.draw(self.figure, **{name: control.value for name, control in self.controls.items()})
 
     def _png(self) -> bytes:
-        # Fewer dots and hardly any compression: what a reader drags must follow the hand.
+        # Fewer dots, drawn once, hardly compressed: what a reader drags must follow the hand.
+        self.figure.set_dpi(_LIVE_DPI)
+        self.figure.canvas.draw()
         buffer = io.BytesIO()
-        self.figure.savefig(buffer, format="png", dpi=_LIVE_DPI, pil_kwargs={"compress_level": 1})
+        Image.fromarray(np.asarray(self.figure.canvas.buffer_rgba())[..., :3]).save(buffer, "png", compress_level=1)
         return buffer.getvalue()
 
     def _moved(self, _change: Any) -> None:
