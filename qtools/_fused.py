@@ -48,7 +48,7 @@ def quantize(x: Array, qparams: QParams, out: Array | None = None, *, backwards:
     """See `affine.quantize`; rule 'onnx'.  `backwards` starts with what a pass before has left in the cache."""
     source, grid = _numpy(x), qparams.grid
     codes = np.empty(source.shape, grid.dtype) if out is None else _numpy(out)
-    if any(_each_slab(_quantize_rows, source, codes, qparams, grid.qmin, grid.qmax, backwards=backwards)):
+    if any(_each_part(_quantize_rows, source, codes, qparams, grid.qmin, grid.qmax, backwards=backwards)):
         raise ValueError("cannot quantize NaN: no code stands for it")
     return _like(codes, x) if out is None else out
 
@@ -57,7 +57,7 @@ def fake_quantize(x: Array, qparams: QParams, out: Array | None = None) -> Array
     """See `affine.fake_quantize`."""
     source, grid = _numpy(x), qparams.grid
     result = np.empty(source.shape, np.float32) if out is None else _numpy(out)
-    if any(_each_slab(_fake_rows, source, result, qparams, grid.qmin, grid.qmax)):
+    if any(_each_part(_fake_rows, source, result, qparams, grid.qmin, grid.qmax)):
         raise ValueError("cannot quantize NaN: no code stands for it")
     return _like(result, x) if out is None else out
 
@@ -66,7 +66,7 @@ def dequantize(codes: Array, qparams: QParams, out: Array | None = None) -> Arra
     """See `affine.dequantize`."""
     source = _numpy(codes)
     result = np.empty(source.shape, np.float32) if out is None else _numpy(out)
-    _each_slab(_dequantize_rows, source, result, qparams, 0, 0)
+    _each_part(_dequantize_rows, source, result, qparams, 0, 0)
     return _like(result, codes) if out is None else out
 
 
@@ -102,14 +102,14 @@ def choose_and_quantize(
     above, below = symmetric_divisors(grid, symmetric_scale)
     numbers = grid.qmin, grid.qmax, grid.midpoint, above, below, eps or 0.0
 
-    def slab(a: int, b: int) -> int:
+    def part(a: int, b: int) -> int:
         return _choose_rows(rows[a:b], flat[a:b], scale[a:b], zero_point[a:b], width, grid.symmetric, *numbers)
 
-    if any(_threads(slab, len(rows))):
+    if any(_threads(part, len(rows))):
         # Some block has no scale: the plain road says why.
         return _in_two_passes(x, grid, symmetric_scale, eps, out)
     counts = tuple(count for count, _ in blocks_of(source.shape, grid.block_size))
-    qparams = QParams(grid, *(_like(part.reshape(counts), x) for part in (scale, zero_point)))
+    qparams = QParams(grid, *(_like(array.reshape(counts), x) for array in (scale, zero_point)))
     return (_like(codes, x) if out is None else out), qparams
 
 
@@ -176,7 +176,7 @@ def _plain_ranges(source: np.ndarray, folded: list[Axis]) -> tuple[np.ndarray, n
     return low, high
 
 
-def _each_slab(
+def _each_part(
     kernel: Any, source: np.ndarray, out: np.ndarray, qparams: QParams, *limits: int, backwards: bool = False
 ) -> list[Any]:
     """Run a kernel over all rows; the whole tensor under one scale is cut anywhere."""

@@ -177,6 +177,12 @@ class Chapter:
         widget.picture = self._keep(widget.figure, f"live_{name}", alt)[0]
         return widget
 
+    def article(self, identity: str) -> dict[str, float]:
+        """The numbers that the article prints for a claim, from ``data/claims.yaml``."""
+        from qtools.suite import claims
+
+        return claims.load(self.root / "data/claims.yaml")[identity].article
+
     def judge(self, *ids: str) -> Any:
         """Evaluate claims of ``data/claims.yaml`` on the results so far; a table of verdicts."""
         from qtools.suite import claims
