@@ -2,7 +2,7 @@
 # make test    unit tests, doctests, every notebook against its stored output, guards, the browser test
 # make lab     JupyterLab on chapter 1
 # make bench   the quantizers beside their peers
-# make clean   remove the environment and the caches (runs/ stays: it holds your own runs)
+# make clean   remove the environment and the caches (runs/ stays, it holds your own runs; so do fetched networks)
 #
 # HTP=0        leave out onnxruntime-qnn, which comes under Qualcomm's AI Stack License
 # TORCH_INDEX  one more package index; https://download.pytorch.org/whl/cpu has the small CPU build of torch for Linux

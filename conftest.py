@@ -4,7 +4,10 @@ import os
 import shutil
 import tempfile
 
+import pytest
+
 from qtools.npu import htp
+from qtools.zoo.fetch import FetchError, fetch_required
 
 
 def pytest_configure(config):
@@ -14,6 +17,17 @@ def pytest_configure(config):
 
 def pytest_unconfigure(config):
     shutil.rmtree(config.qtools_out, ignore_errors=True)
+
+
+def pytest_sessionstart(session):
+    """Fetch what the chapters use, once for all workers; without it half of the tests would fail one by one."""
+    if hasattr(session.config, "workerinput"):
+        return
+    try:
+        with session.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            fetch_required()
+    except FetchError as error:
+        pytest.exit(str(error), returncode=1)
 
 
 def pytest_collection_modifyitems(items):

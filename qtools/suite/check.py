@@ -78,6 +78,7 @@ def _findings(root: Path) -> Iterator[Line]:
             yield _package(Requirement(name), pins, extra)
     yield from _htp(Requirement(project["optional-dependencies"]["htp"][0]), pins)
     yield _font()
+    yield _fetched()
     yield _browser()
     free = shutil.disk_usage(root).free / 1e9
     mend = f"free some space: a new .venv takes more than {_DISK_GB} GB"
@@ -111,6 +112,18 @@ def _htp(wanted: Requirement, pins: dict[str, str]) -> Iterator[Line]:
         found = status()
         yield Line(found.available, f"HTP backend: {here.text}", found.reason, False)
         print(f"          {_LICENCE}")
+
+
+def _fetched() -> Line:
+    from qtools.zoo import fetch
+
+    try:
+        states = {package: fetch.state(package) for package in fetch.choose(everything=True)}
+    except fetch.FetchError as error:
+        return Line(False, "networks and data from PyPI", str(error))
+    missing = [one.name for one, state in states.items() if state != "fetched" and not one.optional]
+    said = [f"{one.name} {state}{' (optional)' if one.optional else ''}" for one, state in states.items()]
+    return Line(not missing, f"networks and data from PyPI: {', '.join(said)}", f"qtools fetch {' '.join(missing)}")
 
 
 def _browser() -> Line:

@@ -22,6 +22,7 @@ import psutil
 from tqdm import tqdm
 
 from qtools.suite.notebook import Failure, cells_done, code_cells, failure, parameters_of, tidy
+from qtools.zoo.fetch import fetch_required
 
 STAGING = ".qtools-staging-"
 _POLL_SECONDS = 0.2
@@ -93,6 +94,8 @@ def run(
     ------
     UsageError
         An unknown chapter or parameter, or an ``output`` that is the repository itself.
+    FetchError
+        A network or data that chapters use is neither in the cache nor to be had.
     """
     root, params = root.resolve(), dict(params or {})
     sources = find_chapters(root, chapters)
@@ -101,6 +104,7 @@ def run(
     target = output.resolve() if output else root / "runs" if params else root
     if output and target == root:
         raise UsageError(f"--output {output} is the repository itself: leave --output out to renew its files")
+    fetch_required()
     with _staging(root) as staging, _signals() as caught:
         tasks = [_task(source, staging, params, known[source]) for source in sources]
         measuring = params.get("MEASURE", "0").lower() not in ("0", "false")
