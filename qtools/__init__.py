@@ -19,6 +19,7 @@ _SUBMODULES = (
     "affine",
     "metrics",
     "observers",
+    "qdq",
     "zoo",
     "npu",
     "ptq",

@@ -395,6 +395,74 @@ def blocks_of(shape: tuple[int, ...], block_size: tuple[int, ...]) -> list[tuple
     return [(1 if b == -1 else -(-n // size), size) for n, b, size in zip(shape, block_size, sizes)]
 
 
+@dataclass(frozen=True, eq=False)
+class LPBQ:
+    """Low-power block quantization: block scales that are small integers times one float per channel.
+
+    Parameters
+    ----------
+    qparams : QParams
+        What the codes are quantized with; its scale is ``block_scale * channel_scale``.
+    block_scale : array of uint8, shape of `qparams.scale`
+        1 to 2**bits of a block scale, 16 by default.
+    channel_scale : array of float, shape of `qparams.scale` with 1 along the blocked axis
+    """
+
+    qparams: QParams
+    block_scale: Array
+    channel_scale: Array
+
+
+def to_lpbq(qparams: QParams, scale_bits: int = 4) -> LPBQ:
+    """Round the scales of a blocked, symmetric grid to integers times one float per channel.
+
+    The channel's float is its largest block scale over ``2**scale_bits``, as in AIMET and ExecuTorch; QNN calls the
+    encoding BLOCKWISE_EXPANSION.
+
+    Raises
+    ------
+    ValueError
+        If the grid is not symmetric, or not blocked along exactly one axis.
+
+    Examples
+    --------
+    >>> p = choose_qparams(np.array([[7.0, 0, 3.5, 0]], np.float32), Grid(4, True, True, block_size=(1, 2)))
+    >>> to_lpbq(p).block_scale.tolist()
+    [[16, 8]]
+    """
+    blocked = [axis for axis, size in enumerate(qparams.grid.block_size) if size > 1]
+    if not qparams.grid.symmetric or len(blocked) != 1:
+        raise ValueError(f"LPBQ needs a symmetric grid with blocks along one axis, got {qparams.grid}")
+    xp = array_namespace(qparams.scale)
+    channel = xp.max(qparams.scale, axis=blocked[0], keepdims=True) / 2**scale_bits
+    block = xp.clip(xp.round(qparams.scale / channel), 1, 2**scale_bits)
+    rounded = QParams(qparams.grid, block * channel, qparams.zero_point)
+    return LPBQ(rounded, xp.astype(block, xp.uint8), channel)
+
+
+def bits_per_weight(grid: Grid, shape: tuple[int, ...], *, scale_bits: int = 16, channel_bits: int = 0) -> float:
+    """Storage of a quantized tensor with its scales and zero points, in bits per element.
+
+    Parameters
+    ----------
+    grid : Grid
+    shape : tuple of int
+        Of the tensor.
+    scale_bits : int
+        Of one scale: 16 for half precision, 32 for single, 4 for the integers of LPBQ.
+    channel_bits : int
+        Of what is stored once per row of axis 0 besides: 16 or 32 for LPBQ's channel scales.
+
+    Examples
+    --------
+    >>> bits_per_weight(Grid(4, signed=True, symmetric=True, block_size=(1, 128)), (4096, 4096))
+    4.125
+    """
+    blocks = math.prod(count for count, _ in blocks_of(shape, grid.block_size))
+    zero_point = 0 if grid.symmetric else grid.bits
+    return grid.bits + (blocks * (scale_bits + zero_point) + shape[0] * channel_bits) / math.prod(shape)
+
+
 def pack_int4(codes: np.ndarray) -> np.ndarray:
     """Two 4-bit codes a byte, the first in the low nibble (as ONNX and Qualcomm's packed weights store them).
 

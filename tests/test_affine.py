@@ -31,7 +31,7 @@ from qtools.affine import (
     quantize,
     unpack_int4,
 )
-from qtools.ptq.qdq import quantizer_model
+from qtools.qdq import quantizer_model
 
 BLOCKS = [(), (-1, -1), (1, -1), (-1, 1), (1, 1), (1, 7), (1, 128), (5, -1), (5, 7), (3, 1), (1000, 1000)]
 GRIDS = [

@@ -9,7 +9,7 @@ import torch
 from onnx import TensorProto, helper
 
 from qtools.affine import Grid, QParams
-from qtools.ptq.qdq import onnx_type
+from qtools.qdq import onnx_type
 
 Peer = dict[str, Callable[[], object]]
 
