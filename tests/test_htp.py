@@ -8,7 +8,7 @@ import pytest
 
 from qtools.affine import Grid, choose_qparams, quantize
 from qtools.npu import htp
-from qtools.ptq.qdq import quantizer_model
+from qtools.qdq import quantizer_model
 
 needs_backend = pytest.mark.skipif(not htp.status().available, reason=f"HTP backend: {htp.status().reason}")
 
@@ -40,7 +40,7 @@ def test_a_refused_graph_is_named_in_one_line():
 def test_nothing_is_printed_by_the_native_library():
     program = (
         "import numpy as np; from qtools.affine import *; from qtools.npu import htp;"
-        "from qtools.ptq.qdq import quantizer_model;"
+        "from qtools.qdq import quantizer_model;"
         "x = np.ones((1, 8, 8), np.float32); p = choose_qparams(x, Grid(8));"
         "htp.run(quantizer_model(p, x.shape), {'x': x}); print('done')"
     )

@@ -21,7 +21,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -43,7 +43,15 @@ class HTPUnavailable(RuntimeError):
 
 
 class HTPRefused(ValueError):
-    """The backend does not take a graph; the message names the nodes and carries the backend's own words."""
+    """The backend does not take a graph; the message names the nodes and carries the backend's own words.
+
+    `by` says who refused: ``"library"``, Qualcomm's HTP library when asked to validate a node, or ``"provider"``, the
+    open-source ONNX Runtime execution provider that translates the graph for it.
+    """
+
+    def __init__(self, message: str, by: Literal["library", "provider"]) -> None:
+        super().__init__(message)
+        self.by = by
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,9 @@ def status() -> Status:
     return Status(True, f"onnxruntime-qnn {version}", version)
 
 
-def session(model: onnx.ModelProto | bytes | os.PathLike | str, arch: str = "v75") -> onnxruntime.InferenceSession:
+def session(
+    model: onnx.ModelProto | bytes | os.PathLike | str, arch: str = "v75", options: Mapping[str, str] | None = None
+) -> onnxruntime.InferenceSession:
     """An ONNX Runtime session whose every node runs on the HTP backend.
 
     Parameters
@@ -80,6 +90,8 @@ def session(model: onnx.ModelProto | bytes | os.PathLike | str, arch: str = "v75
     model : ModelProto, serialized bytes, or path of an ONNX file
     arch : str
         Hexagon architecture, a key of `SOC_OF_ARCH`.
+    options : mapping of str to str, optional
+        Further options of the execution provider.
 
     Raises
     ------
@@ -96,27 +108,29 @@ def session(model: onnx.ModelProto | bytes | os.PathLike | str, arch: str = "v75
     import onnxruntime
     import onnxruntime_qnn
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    options.add_provider_for_devices(
-        [device],
-        {"backend_path": onnxruntime_qnn.get_qnn_htp_path(), "htp_arch": arch[1:], "soc_model": SOC_OF_ARCH[arch]},
-    )
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 2  # warnings tell who refused a node
+    settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    backend = {"backend_path": onnxruntime_qnn.get_qnn_htp_path()}
+    target = {"htp_arch": arch[1:], "soc_model": SOC_OF_ARCH[arch]}
+    settings.add_provider_for_devices([device], {**backend, **target, **(options or {})})
     source = model if isinstance(model, bytes) else os.fspath(model) if _is_path(model) else model.SerializeToString()
     if _is_path(model) and not os.path.isfile(source):
         raise FileNotFoundError(f"no such ONNX file: {source}")
     with _silence() as said:
         try:
-            return onnxruntime.InferenceSession(source, options)
+            return onnxruntime.InferenceSession(source, settings)
         except Exception as error:
             if "INVALID_PROTOBUF" in str(error) or "INVALID_GRAPH" in str(error):
                 raise ValueError(f"not a valid ONNX model: {error}".replace("\n", " ")) from None
-            raise HTPRefused(_refusal(arch, str(error), said())) from None
+            raise _refusal(arch, str(error), said()) from None
 
 
 def run(
-    model: onnx.ModelProto | bytes | os.PathLike | str, inputs: Mapping[str, np.ndarray], arch: str = "v75"
+    model: onnx.ModelProto | bytes | os.PathLike | str,
+    inputs: Mapping[str, np.ndarray],
+    arch: str = "v75",
+    options: Mapping[str, str] | None = None,
 ) -> dict[str, np.ndarray]:
     """Run a model once on the HTP backend (emulated); its outputs by name.
 
@@ -125,7 +139,7 @@ def run(
     HTPUnavailable, HTPRefused
         As `session`.
     """
-    opened = session(model, arch)
+    opened = session(model, arch, options)
     names = [output.name for output in opened.get_outputs()]
     with _silence():
         return dict(zip(names, opened.run(names, dict(inputs)), strict=True))
@@ -159,12 +173,17 @@ def _is_path(model: Any) -> bool:
     return isinstance(model, str | os.PathLike)
 
 
-def _refusal(arch: str, error: str, said: str) -> str:
+def _refusal(arch: str, error: str, said: str) -> HTPRefused:
     """One sentence out of an error message and what the library printed."""
-    nodes = re.search(r"Unsupported nodes in QNN EP: (.*)", said)
-    named = f": {nodes.group(1).strip()}" if nodes and nodes.group(1).strip() else ""
+    nodes = re.findall(r"Unsupported nodes in QNN EP: (.*)", said)
+    named = f": {nodes[-1].strip(' ,')}" if nodes and nodes[-1].strip() else ""
     reason = error.replace("\n", " ").split(" : ")[-1].strip()
-    return f"the HTP backend ({arch}) does not take this graph{named} ({reason})"
+    # Transposes that the provider put around a node it could not translate are refused with it, and tell nothing.
+    failed = re.findall(r"of type `(\w+)` with error code (\d+)", said)
+    by_library = [f"{op} with error {code}" for op, code in failed if op != "Transpose"]
+    who = f"its library refuses {by_library[-1]}" if by_library else "its execution provider cannot translate it"
+    message = f"the HTP backend ({arch}) does not take this graph{named}: {who} ({reason})"
+    return HTPRefused(message, "library" if by_library else "provider")
 
 
 @contextlib.contextmanager
