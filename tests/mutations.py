@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-AFFINE, FUSED = "qtools/affine.py", "qtools/_fused.py"
+AFFINE, FUSED, QDQ, GRAPH = "qtools/affine.py", "qtools/_fused.py", "qtools/qdq.py", "qtools/ptq/graph.py"
 FAULTS = [
     ("rounding: half up instead of half to even", AFFINE, "return xp.round(x / scale) + zero_point",
      "return xp.floor(x / scale + 0.5) + zero_point"),
@@ -41,10 +41,30 @@ FAULTS = [
     ("percentile: tails of the other definition", "qtools/observers.py", 'cut /= 1 if self.tails == "each" else 2',
      'cut /= 2 if self.tails == "each" else 1'),
     ("SQNR: clipping noise not weighted", "qtools/observers.py", "priced, self.gamma)", "priced, 1.0)"),
+    ("axis swapped: rows share what columns should", AFFINE, "for n, b in zip(shape, block_size)]\n",
+     "for n, b in zip(shape, block_size[::-1])]\n"),
+    ("short last block dropped", AFFINE, "-(-n // size), size)", "max(n // size, 1), size)"),
+    ("scales transposed", AFFINE, "low, high = block_ranges(x, grid.block_size)\n",
+     "low, high = (p.T.reshape(p.shape) for p in block_ranges(x, grid.block_size))\n"),
+    ("LPBQ: channel scale over the wrong axis", AFFINE, "axis=blocked[0], keepdims=True) / 2**scale_bits",
+     "axis=1 - blocked[0], keepdims=True) / 2**scale_bits"),
+    ("LPBQ: integers rounded down", AFFINE, "xp.round(qparams.scale / channel), 1,", "xp.floor(qparams.scale / channel), 1,"),
+    ("storage: zero points forgotten", AFFINE, "(scale_bits + zero_point) +", "scale_bits +"),
+    ("ONNX: scales of another axis", QDQ, 'attributes = {"axis": single[0]}', 'attributes = {"axis": 0}'),
+    ("ONNX: blocks along the other axis", QDQ, '{"axis": axis, "block_size"', '{"axis": 1 - axis, "block_size"'),
+    ("BatchNorm: epsilon forgotten", GRAPH, "np.sqrt(variance + _attribute(node, \"epsilon\", 1e-5))", "np.sqrt(variance)"),
+    ("BatchNorm: folded into the wrong axis", GRAPH, "spread[_channel_axis(before, weight.ndim)] = -1", "spread[1] = -1"),
+    ("BatchNorm: folded though another reads it", GRAPH, "or uses[node.input[0]] != 1", ""),
+    ("rows: channel axis not moved", GRAPH, "np.moveaxis(self.values, self.channel_axis, 0).reshape(self",
+     "self.values.reshape(self"),
+    ("CTC: repeats kept", "qtools/zoo/text_lines.py", "new & (best != 0)", "best != 0"),
+    ("fetch: hash not looked at", "qtools/zoo/fetch.py", "digest == expected.sha256", "True"),
+    ("table: backend's codes not compared", "qtools/npu/capabilities.py", "given.astype(int) - expected.astype(int)",
+     "expected.astype(int) - expected.astype(int)"),
     ("backend's codes not looked at", "qtools/npu/htp.py", '"session.disable_cpu_ep_fallback", "1"',
      '"session.disable_cpu_ep_fallback", "0"'),
 ]  # fmt: skip
-TESTS = {AFFINE: "test_affine.py", FUSED: "test_affine.py"}
+TESTS = {AFFINE: ["test_affine.py", "test_granularity.py"], FUSED: ["test_affine.py"], QDQ: ["test_capabilities.py"]}
 
 
 def main() -> int:
@@ -69,10 +89,22 @@ def noticed_by(file: str, old: str, new: str) -> str | None:
             shutil.copy(ROOT / part, copy)
         text = (copy / file).read_text()
         (copy / file).write_text(text.replace(old, new))
-        test = copy / "tests" / TESTS.get(file, f"test_{Path(file).stem}.py")
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:nbval", "-o", "addopts="]
+        tests = [str(copy / "tests" / name) for name in TESTS.get(file, [f"test_{Path(file).stem}.py"])]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:nbval",
+            "-o",
+            "addopts=",
+        ]
         env = os.environ | {"PYTHONPATH": folder, "NUMBA_CACHE_DIR": f"{folder}/numba"}
-        done = subprocess.run([*command, str(test)], cwd=copy, env=env, capture_output=True, text=True)
+        done = subprocess.run([*command, *tests], cwd=copy, env=env, capture_output=True, text=True)
         if done.returncode == 0:
             return None
         failed = re.search(r"^(?:FAILED|ERROR) \S*?(\w+\.py(?:::\S+)?)", done.stdout, re.M)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qtools import affine, metrics
 from qtools.suite import plots, prose
 from qtools.suite.exercises import exercise
 from tests.guards import problems, source
@@ -67,7 +68,7 @@ def test_solutions_solve_the_exercises_and_nothing_else_does(chapter):
     )
     assert len(solutions) == len(numbers) == 3
     for solution, (number, name) in zip(solutions, numbers, strict=True):
-        scope = {"np": np, "plots": plots}
+        scope = {"np": np, "plots": plots, "metrics": metrics} | vars(affine)
         exec(solution, scope)
         solve = scope[name]
         assert exercise(number, solve) == f"Exercise {number}: right!"
@@ -94,7 +95,9 @@ def copied(tmp_path):
         spoil(content, [cell for cell in content["cells"] if cell["cell_type"] == "code"])
         path = tmp_path / "notebooks" / chapter.name
         path.write_text(json.dumps(content))
-        shutil.copy(ROOT / "notebooks/article_fragments.py", path.parent)
+        for linked in (ROOT / "notebooks").iterdir():
+            if linked.is_file() and linked.name != chapter.name:
+                shutil.copy(linked, path.parent)
         return problems(path, tmp_path, ALLOWED[chapter.stem])
 
     assert problems_after(lambda content, code: None) == []

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from qtools.affine import Grid, fake_quantize, qparams_from_range
+from qtools.affine import Grid, bits_per_weight, choose_qparams, fake_quantize, qparams_from_range
 from qtools.metrics import sqnr_db
 
 
@@ -67,8 +67,56 @@ def _better_than_min_max(answer: Callable[[np.ndarray], Any]) -> bool | None:
     return quality(float(limit)) > quality(float(np.abs(x).max())) + 3
 
 
+def _storage_of(answer: Callable[[int, int], Any]) -> bool | None:
+    """2.1: bits per weight of an asymmetric grid in groups."""
+    if answer(4, 128) is None:
+        return None
+    cases = [(4, 128), (4, 32), (8, 16), (3, 64)]
+    return all(
+        np.isclose(answer(bits, group), bits_per_weight(Grid(bits, block_size=(1, group)), (16, 1024)))
+        for bits, group in cases
+    )
+
+
+def _symmetric(bits: int, group: int) -> Grid:
+    return Grid(bits, signed=True, symmetric=True, narrow_range=True, block_size=(1, group))
+
+
+def _in_groups(answer: Callable[[np.ndarray, int, int], Any]) -> bool | None:
+    """2.2: quantize and dequantize in groups, from scratch."""
+    w = np.random.default_rng(9).standard_normal((6, 96)).astype(np.float32)
+    for bits, group in [(4, 32), (3, 8), (8, 96)]:
+        if (given := answer(w.copy(), bits, group)) is None:
+            return None
+        right = fake_quantize(w, choose_qparams(w, _symmetric(bits, group)))
+        if np.shape(given) != w.shape or not np.allclose(given, right, atol=1e-5):
+            return False
+    return True
+
+
+def _spend(answer: Callable[[np.ndarray, float], Any]) -> bool | None:
+    """2.3: the best width and group size under a budget of bits per weight."""
+    rng = np.random.default_rng(10)
+    w = (rng.standard_normal((32, 512)) * np.exp(rng.standard_normal((32, 512)) / 2)).astype(np.float32)
+    choices = [(bits, group) for bits in range(3, 9) for group in (16, 32, 64, 128, 256, 512)]
+    quality = {
+        (bits, group): sqnr_db(w, fake_quantize(w, choose_qparams(w, _symmetric(bits, group))))
+        for bits, group in choices
+    }
+    for budget in (4.1, 4.6, 6.0):
+        if (given := answer(w.copy(), budget)) is None:
+            return None
+        affordable = [choice for choice in choices if bits_per_weight(_symmetric(*choice), w.shape) <= budget]
+        if tuple(given) not in affordable or quality[tuple(given)] < max(quality[c] for c in affordable) - 0.01:
+            return False
+    return True
+
+
 _CHECKS: dict[str, tuple[Callable[..., bool | None], str]] = {
     "1.1": (_grid_of_a_range, "Does your grid hold zero exactly when the range is [1, 2]?"),
     "1.2": (_bits_for, "b bits make 2**b - 1 steps, and n steps give 20 log10(n) dB. Round up."),
     "1.3": (_better_than_min_max, "Try several limits below the largest value and keep the best."),
+    "2.1": (_storage_of, "Each group keeps one scale of 16 bits and one zero point of `bits` bits."),
+    "2.2": (_in_groups, "Reshape to (rows, groups, group); the largest magnitude of a group maps to the last code."),
+    "2.3": (_spend, "List every affordable pair, quantize with each, and keep the one with the best SQNR."),
 }

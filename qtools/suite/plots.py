@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 
-from qtools.affine import Grid, QParams, fake_quantize, qparams_from_range
-from qtools.suite.figures import FLOAT, HTP, INT4, INT8, WARN, end_labels, new
+from qtools.affine import Grid, QParams, bits_per_weight, choose_qparams, fake_quantize, qparams_from_range
+from qtools.suite.figures import FLOAT, HTP, INT4, INT8, INT16, WARN, end_labels, new
 
 
 def number_line(figure: Figure, x: np.ndarray, qparams: QParams) -> None:
@@ -140,3 +142,118 @@ def bits_chart(bits: np.ndarray, sqnr: Mapping[str, np.ndarray], title: str) -> 
     ax.set(title=title, xlabel="bits b of a code", ylabel="SQNR (dB), min-max range", xticks=bits[::2])
     ax.set(xlim=(bits[0], bits[-1] + 2.8), ylim=(0, 112))
     return figure
+
+
+# -- granularity -----------------------------------------------------------------------------------------------------
+
+
+def loud_rows(w: np.ndarray, title: str, around: int = 12) -> Figure:
+    """The neighbourhood of the largest entry of a square weight matrix, and the largest weight of every row."""
+    figure, (left, right) = new(1, 2, size=(10, 4.6), width_ratios=(1, 1.25))
+    loudest = np.abs(w).max(axis=1)
+    middle = int(np.clip(loudest.argmax(), around, len(w) - around))
+    rows = slice(middle - around, middle + around)
+    window, ends = w[rows, rows], (rows.start, rows.stop, rows.stop, rows.start)
+    left.imshow(np.abs(window), cmap="viridis", norm=LogNorm(1e-3, loudest.max(), clip=True), extent=ends)
+    left.set(title="|w| around the loudest row (yellow: loud)", xlabel="input channel", ylabel="output channel (row)")
+    step = loudest.max() / 127
+    right.plot(np.sort(loudest), color=INT8)
+    right.axhline(loudest.max(), color=WARN, ls="--", lw=1)
+    right.text(0, loudest.max() * 0.93, "end of the one 8-bit grid", color=WARN, va="top")
+    right.axhline(step, color=WARN, ls="--", lw=1)
+    right.text(len(w), step * 1.05, "its step", color=WARN, va="bottom", ha="right")
+    right.set(title="largest weight of each row", xlabel="row, sorted", ylabel="largest |w|", yscale="log")
+    figure.suptitle(title, weight="bold", x=0.01, ha="left")
+    return figure
+
+
+def layers_chart(layers: Mapping[str, np.ndarray], title: str) -> Figure:
+    """SQNR of every layer with one scale (x) against a scale per channel (y); arrays of shape (layers, 2)."""
+    figure, ax = new()
+    for (name, points), color, marker in zip(layers.items(), (FLOAT, HTP, WARN, INT8), "sD^o"):
+        ax.plot(*points.T, marker, color=color, label=f"{name}, {len(points)} layers", ms=5, alpha=0.8, ls="none")
+    ends = np.array([5, 52])
+    ax.plot(ends, ends, color="black", lw=1)
+    ax.text(45.2, 44, "no gain", rotation=35, ha="center", va="top")
+    ax.plot(ends, ends + 6.02 * 2, color="black", lw=1, ls=":")
+    ax.text(21, 34.4, "two bits gained", rotation=35, ha="center", va="bottom")
+    ax.set(title=title, xlim=ends, ylim=(28, 52), xlabel="one scale per tensor: SQNR (dB)")
+    ax.set_ylabel("one scale per channel: SQNR (dB)")
+    ax.legend(loc="lower right")
+    return figure
+
+
+def ladder_chart(ladders: Mapping[str, np.ndarray], names: Sequence[str], title: str) -> Figure:
+    """Error of ever finer granularities as a share of the first; the first ladder of the mapping drawn in black."""
+    figure, ax = new()
+    colors = dict(zip(ladders, ("black", FLOAT, INT8, HTP), strict=True))
+    for name, values in ladders.items():
+        ax.plot(values, color=colors[name], marker="o", ls="--" if colors[name] == "black" else "-")
+    last = len(names) - 1
+    ends = {name: np.log10(values[-1]) for name, values in ladders.items()}
+    height = -np.inf
+    for name, end in sorted(ends.items(), key=lambda item: item[1]):
+        height = max(end, height + 0.1)
+        ax.text(last + 0.08, 10**height, name, color=colors[name], va="center")
+    ax.set(title=title, yscale="log", xlim=(-0.1, last + 1.1), xticks=range(len(names)), xticklabels=names)
+    ax.set(xlabel="who shares a scale", ylabel="mean squared error, share of per tensor")
+    return figure
+
+
+def storage_chart(curves: Mapping[str, np.ndarray], marks: Mapping[str, tuple[float, float]], title: str) -> Figure:
+    """SQNR against bits per weight, scales included: one line a granularity, one point a width of the codes."""
+    figure, ax = new(size=(8, 5))
+    colors = dict(zip(curves, (WARN, FLOAT, INT16, INT8, HTP), strict=True))
+    for name, points in curves.items():
+        ax.plot(*points.T, color=colors[name], marker="o", ms=4, label=name)
+    for name, place in marks.items():
+        ax.plot(*place, "*", color=INT4, ms=14, mec="black", mew=0.6, label=name, ls="none")
+    ax.set(title=title, xlabel="bits per weight, scales included", ylabel="SQNR of the weights (dB)")
+    ax.legend(loc="upper left")
+    return figure
+
+
+def capability_chart(answers: Mapping[Any, Mapping[str, Any]], title: str) -> Figure:
+    """What each architecture of the HTP backend takes, one panel for each type of the activations."""
+    figure, axes = new(1, 3, size=(10, 6.2), sharey=True)
+    kinds = ("#BDBDBD", "#E4E4E4", HTP, INT4)  # refused by the library, by the provider; taken, taken further off
+    for ax, activation in zip(axes, ("uint8", "uint16", "float32"), strict=True):
+        asked = {probe: said for probe, said in answers.items() if probe.activation == activation}
+        arches = list(next(iter(asked.values())))
+        table = [list(said.values()) for said in asked.values()]
+        grid = np.array([[_kind(answer) for answer in row] for row in table], float)
+        ax.imshow(grid, cmap=ListedColormap(kinds), vmin=0, vmax=3, aspect="auto")
+        for (row, column), kind in np.ndenumerate(grid):
+            answer = table[row][column]
+            text = "–" if kind < 2 else f"{answer.sqnr_db:.0f}" if answer.worst is None else str(answer.worst)
+            ax.text(column, row, text, ha="center", va="center", fontsize=8)
+        names = [f"int{probe.weight_bits} per {probe.granularity}" for probe in asked]
+        ax.set(title=f"{activation} activations", xlabel="Hexagon architecture", ylabel="weights")
+        ax.set_xticks(range(len(arches)), arches)
+        ax.set_yticks(range(len(names)), names)
+        ax.label_outer()
+    axes[1].set_ylabel("weights", visible=False)
+    axes[2].set_ylabel("weights", visible=False)
+    figure.suptitle(title, weight="bold", x=0.01, ha="left")
+    return figure
+
+
+def _kind(answer: Any) -> int:
+    if not answer.accepted:
+        return 0 if answer.refused_by == "library" else 1
+    return 2 if answer.worst is None or answer.worst <= 1 else 3
+
+
+def group_errors(figure: Figure, w: np.ndarray, bits: int, group: int) -> None:
+    """Where the error of a matrix lies when `group` neighbours of a row share a scale, and what the scales cost."""
+    grid = Grid(bits, signed=True, symmetric=True, narrow_range=True, block_size=(1, group))
+    error = fake_quantize(w, choose_qparams(w, grid)) - w
+    widest = float(np.quantile(np.abs(w).max(axis=1), 0.9)) / grid.qmax / 2  # half a step of most rows' own scale
+    sqnr = 10 * np.log10(np.sum(w**2) / np.sum(error**2))
+    ax = figure.subplots()
+    ax.imshow(np.abs(error), cmap="viridis", vmin=0, vmax=widest, aspect="auto", interpolation="none")
+    for edge in range(group, w.shape[1], group):
+        ax.axvline(edge - 0.5, color="white", lw=0.6)
+    storage = bits_per_weight(grid, w.shape)
+    ax.set_title(f"groups of {group}: {storage:.2f} bits a weight, {sqnr:.1f} dB")
+    ax.set(xlabel="input (white lines: a new scale begins)", ylabel="output channel; bright: large error")
