@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from qtools.affine import Grid, QParams, bits_per_weight, choose_qparams, fake_quantize, qparams_from_range
 from qtools.suite.figures import FLOAT, HTP, INT4, INT8, INT16, WARN, end_labels, new
@@ -215,7 +216,7 @@ def storage_chart(curves: Mapping[str, np.ndarray], marks: Mapping[str, tuple[fl
 
 def capability_chart(answers: Mapping[Any, Mapping[str, Any]], title: str) -> Figure:
     """What each architecture of the HTP backend takes, one panel for each type of the activations."""
-    figure, axes = new(1, 3, size=(10, 6.2), sharey=True)
+    figure, axes = new(1, 3, size=(10, 6.6), sharey=True)
     kinds = ("#BDBDBD", "#E4E4E4", HTP, INT4)  # refused by the library, by the provider; taken, taken further off
     for ax, activation in zip(axes, ("uint8", "uint16", "float32"), strict=True):
         asked = {probe: said for probe, said in answers.items() if probe.activation == activation}
@@ -227,13 +228,17 @@ def capability_chart(answers: Mapping[Any, Mapping[str, Any]], title: str) -> Fi
             answer = table[row][column]
             text = "–" if kind < 2 else f"{answer.sqnr_db:.0f}" if answer.worst is None else str(answer.worst)
             ax.text(column, row, text, ha="center", va="center", fontsize=8)
-        names = [f"int{probe.weight_bits} per {probe.granularity}" for probe in asked]
+        names = [f"int{probe.weight_bits} per {probe.granularity}".replace("per LPBQ", "LPBQ") for probe in asked]
         ax.set(title=f"{activation} activations", xlabel="Hexagon architecture", ylabel="weights")
         ax.set_xticks(range(len(arches)), arches)
         ax.set_yticks(range(len(names)), names)
         ax.label_outer()
     axes[1].set_ylabel("weights", visible=False)
     axes[2].set_ylabel("weights", visible=False)
+    said = ("refused by the library", "refused by the provider", "taken, within 1 code", "taken, further off")
+    figure.legend(
+        handles=[Patch(color=kinds[k], label=said[k]) for k in (2, 3, 0, 1)], ncols=4, loc="outside lower center"
+    )
     figure.suptitle(title, weight="bold", x=0.01, ha="left")
     return figure
 
@@ -244,16 +249,17 @@ def _kind(answer: Any) -> int:
     return 2 if answer.worst is None or answer.worst <= 1 else 3
 
 
-def group_errors(figure: Figure, w: np.ndarray, bits: int, group: int) -> None:
-    """Where the error of a matrix lies when `group` neighbours of a row share a scale, and what the scales cost."""
+def group_errors(figure: Figure, w: np.ndarray, bits: int, group: int, corner: tuple[int, int] = (0, 0)) -> None:
+    """Where the error lies when `group` neighbours of a row share a scale; `corner`: where `w` lies in its layer."""
     grid = Grid(bits, signed=True, symmetric=True, narrow_range=True, block_size=(1, group))
     error = fake_quantize(w, choose_qparams(w, grid)) - w
     widest = float(np.quantile(np.abs(w).max(axis=1), 0.9)) / grid.qmax / 2  # half a step of most rows' own scale
     sqnr = 10 * np.log10(np.sum(w**2) / np.sum(error**2))
     ax = figure.subplots()
-    ax.imshow(np.abs(error), cmap="viridis", vmin=0, vmax=widest, aspect="auto", interpolation="none")
-    for edge in range(group, w.shape[1], group):
-        ax.axvline(edge - 0.5, color="white", lw=0.6)
+    (top, left), (rows, columns) = corner, w.shape
+    place = {"extent": (left, left + columns, top + rows, top), "aspect": "auto", "interpolation": "none"}
+    ax.imshow(np.abs(error), cmap="viridis", vmin=0, vmax=widest, **place)
+    ax.vlines(np.arange(left + group, left + columns, group), top, top + rows, color="white", lw=0.6)
     storage = bits_per_weight(grid, w.shape)
-    ax.set_title(f"groups of {group}: {storage:.2f} bits a weight, {sqnr:.1f} dB")
+    ax.set_title(f"{bits} bits in groups of {group}: {storage:.2f} bits a weight, {sqnr:.1f} dB")
     ax.set(xlabel="input (white lines: a new scale begins)", ylabel="output channel; bright: large error")
