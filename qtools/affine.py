@@ -413,30 +413,50 @@ class LPBQ:
     channel_scale: Array
 
 
-def to_lpbq(qparams: QParams, scale_bits: int = 4) -> LPBQ:
-    """Round the scales of a blocked, symmetric grid to integers times one float per channel.
+def choose_lpbq(x: Array, grid: Grid, *, symmetric_scale: SymmetricScale = "qmax", scale_bits: int = 4) -> LPBQ:
+    """Block scales as `choose_qparams` finds them, rounded to small integers times one float per channel.
 
     The channel's float is its largest block scale over ``2**scale_bits``, as in AIMET and ExecuTorch; QNN calls the
-    encoding BLOCKWISE_EXPANSION.
+    encoding BLOCKWISE_EXPANSION.  A block that is all zero gets the smallest integer.
+
+    Parameters
+    ----------
+    x : array of floats
+        Weights: one axis of channels, one that is blocked, any others of length 1.
+    grid : Grid
+        Symmetric, with blocks along one axis.
+    symmetric_scale
+        See `qparams_from_range`.
+    scale_bits : int
+        1 to 7.
 
     Raises
     ------
-    ValueError
-        If the grid is not symmetric, or not blocked along exactly one axis.
+    TypeError, ValueError
+        As `choose_qparams`; or if grid or shape are not as above, or a row has fewer than two blocks.
 
     Examples
     --------
-    >>> p = choose_qparams(np.array([[7.0, 0, 3.5, 0]], np.float32), Grid(4, True, True, block_size=(1, 2)))
-    >>> to_lpbq(p).block_scale.tolist()
+    >>> w = np.array([[7.0, 0, 3.5, 0]], np.float32)
+    >>> choose_lpbq(w, Grid(4, signed=True, symmetric=True, block_size=(1, 2))).block_scale.tolist()
     [[16, 8]]
     """
-    blocked = [axis for axis, size in enumerate(qparams.grid.block_size) if size > 1]
-    if not qparams.grid.symmetric or len(blocked) != 1:
-        raise ValueError(f"LPBQ needs a symmetric grid with blocks along one axis, got {qparams.grid}")
-    xp = array_namespace(qparams.scale)
-    channel = xp.max(qparams.scale, axis=blocked[0], keepdims=True) / 2**scale_bits
-    block = xp.clip(xp.round(qparams.scale / channel), 1, 2**scale_bits)
-    rounded = QParams(qparams.grid, block * channel, qparams.zero_point)
+    bits = _as_int(scale_bits, "scale_bits")
+    blocked = [axis for axis, size in enumerate(grid.block_size) if size > 1]
+    if not grid.symmetric or len(blocked) != 1 or not 1 <= bits <= 7:
+        raise ValueError(f"LPBQ needs a symmetric grid, blocks along one axis, and scales of 1 to 7 bits, got {grid}")
+    plain = choose_qparams(x, grid, symmetric_scale=symmetric_scale)
+    axis, counts = blocked[0], tuple(plain.scale.shape)
+    if counts[axis] < 2 or sum(count > 1 for count in counts) > 2:
+        raise ValueError(f"LPBQ needs rows of at least two blocks and one axis of channels, got blocks of {counts}")
+    xp = array_namespace(plain.scale)
+    low, high = block_ranges(x, grid.block_size)
+    empty = (low == 0) & (high == 0)  # their scale is a stand-in and must not count
+    scale = xp.where(empty, xp.zeros_like(plain.scale), plain.scale)
+    channel = xp.max(scale, axis=axis, keepdims=True) / 2**bits
+    channel = _floor_scale(xp, channel, None)
+    block = xp.clip(xp.round(scale / channel), 1, 2**bits)
+    rounded = QParams(grid, block * channel, plain.zero_point)
     return LPBQ(rounded, xp.astype(block, xp.uint8), channel)
 
 
@@ -453,14 +473,22 @@ def bits_per_weight(grid: Grid, shape: tuple[int, ...], *, scale_bits: int = 16,
     channel_bits : int
         Of what is stored once per row of axis 0 besides: 16 or 32 for LPBQ's channel scales.
 
+    Raises
+    ------
+    ValueError
+        If the tensor has no elements.
+
     Examples
     --------
     >>> bits_per_weight(Grid(4, signed=True, symmetric=True, block_size=(1, 128)), (4096, 4096))
     4.125
     """
+    if not math.prod(shape):
+        raise ValueError(f"a tensor of shape {shape} has no weights to count bits for")
     blocks = math.prod(count for count, _ in blocks_of(shape, grid.block_size))
     zero_point = 0 if grid.symmetric else grid.bits
-    return grid.bits + (blocks * (scale_bits + zero_point) + shape[0] * channel_bits) / math.prod(shape)
+    rows = shape[0] if shape else 1
+    return grid.bits + (blocks * (scale_bits + zero_point) + rows * channel_bits) / math.prod(shape)
 
 
 def pack_int4(codes: np.ndarray) -> np.ndarray:

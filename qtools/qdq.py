@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from qtools.affine import LPBQ, Grid, QParams, blocks_of, pack_int4
 if TYPE_CHECKING:
     import onnx
 
+Operator = Literal["Conv", "MatMul", "Gemm"]
 _OPSET = 21  # the first that has 16-bit and 4-bit codes and blocked scales
 
 
@@ -107,7 +108,7 @@ def weight_nodes(
 
 
 def operator_model(
-    op: Literal["Conv", "MatMul", "Gemm"],
+    op: Operator,
     codes: np.ndarray,
     encoding: QParams | LPBQ,
     input_shape: tuple[int, ...],
@@ -132,10 +133,12 @@ def operator_model(
     Raises
     ------
     ValueError
-        If ONNX cannot write an encoding (see `quantizer_model`).
+        If ONNX cannot write an encoding (see `quantizer_model`), or there is no such operator.
     """
     from onnx import TensorProto, helper, numpy_helper
 
+    if op not in get_args(Operator) or (op == "MatMul" and bias is not None):
+        raise ValueError(f"op is one of {', '.join(get_args(Operator))}, and a MatMul has no bias; got {op!r}")
     nodes, constants = weight_nodes("w", codes, encoding)
     operands, out, kinds = ["x", "w"], "y", [TensorProto.FLOAT] * 2
     if activations:
@@ -166,7 +169,7 @@ def _code_type(grid: Grid) -> int:
 def _lpbq_scale(name: str, encoding: LPBQ) -> tuple[list[onnx.TensorProto], onnx.NodeProto]:
     from onnx import helper, numpy_helper
 
-    axis = next(axis for axis, count in enumerate(encoding.channel_scale.shape) if count > 1)
+    axis = 0 if encoding.channel_scale.shape[0] == encoding.channel_scale.size else 1
     parts = {
         "block_scale": np.asarray(encoding.block_scale, np.uint8),
         "channel_scale": np.ravel(encoding.channel_scale).astype(np.float32),

@@ -14,11 +14,11 @@ from qtools.affine import (
     QParams,
     bits_per_weight,
     blocks_of,
+    choose_lpbq,
     choose_qparams,
     dequantize,
     fake_quantize,
     quantize,
-    to_lpbq,
 )
 from qtools.metrics import mse, sqnr_db
 from qtools.ptq import graph
@@ -105,11 +105,11 @@ def test_a_loud_channel_costs_the_others_nothing_with_a_scale_each():
 # -- LPBQ ------------------------------------------------------------------------------------------------------------
 
 
-@given(channels=st.integers(1, 6), blocks=st.integers(1, 9), seed=st.integers(0, 99))
+@given(channels=st.integers(1, 6), blocks=st.integers(2, 9), seed=st.integers(0, 99))
 def test_lpbq_scales_are_small_integers_times_one_float_per_channel(channels, blocks, seed):
     w = np.random.default_rng(seed).laplace(size=(channels, blocks * 8)).astype(np.float32)
-    plain = choose_qparams(w, Grid(4, True, True, block_size=(1, 8)))
-    lpbq = to_lpbq(plain)
+    grid = Grid(4, True, True, block_size=(1, 8))
+    plain, lpbq = choose_qparams(w, grid), choose_lpbq(w, grid)
     assert lpbq.block_scale.dtype == np.uint8 and lpbq.channel_scale.shape == (channels, 1)
     assert lpbq.block_scale.min() >= 1 and (lpbq.block_scale.max(axis=1) == 16).all()
     np.testing.assert_array_equal(lpbq.qparams.scale, lpbq.block_scale * lpbq.channel_scale)
@@ -121,15 +121,42 @@ def test_lpbq_scales_are_small_integers_times_one_float_per_channel(channels, bl
 def test_lpbq_on_torch_is_lpbq_on_numpy():
     w = np.random.default_rng(1).standard_normal((4, 64)).astype(np.float32)
     grid = Grid(4, True, True, block_size=(1, 16))
-    ours, theirs = to_lpbq(choose_qparams(w, grid)), to_lpbq(choose_qparams(torch.from_numpy(w), grid))
+    ours, theirs = choose_lpbq(w, grid), choose_lpbq(torch.from_numpy(w), grid)
     assert np.array_equal(ours.block_scale, theirs.block_scale.numpy())
     assert np.array_equal(ours.qparams.scale, theirs.qparams.scale.numpy())
 
 
-@pytest.mark.parametrize("grid", [Grid(4, True, True, block_size=(1, -1)), Grid(4, block_size=(1, 8)), Grid(4)])
-def test_lpbq_of_what_is_not_blocked_and_symmetric_is_refused(grid):
-    with pytest.raises(ValueError, match="LPBQ needs a symmetric grid with blocks along one axis"):
-        to_lpbq(choose_qparams(np.ones((4, 32), np.float32), grid))
+def test_lpbq_keeps_a_row_whose_other_blocks_are_all_zero():
+    w = np.random.default_rng(0).standard_normal((3, 128)).astype(np.float32) * 0.02
+    w[:, :32] = 0
+    w[2] = 0
+    grid = Grid(4, True, True, block_size=(1, 32))
+    lpbq = choose_lpbq(w, grid)
+    assert lpbq.block_scale[:2, 0].tolist() == [1, 1] and lpbq.block_scale[:2].max() == 16
+    assert sqnr_db(w, fake_quantize(w, lpbq.qparams)) > sqnr_db(w, fake_quantize(w, choose_qparams(w, grid))) - 1
+    assert not fake_quantize(w, lpbq.qparams)[2].any()
+
+
+def test_no_block_of_lpbq_gets_the_integer_zero():
+    w = np.full((1, 64), 1e-6, np.float32)
+    w[0, 0] = 1.0
+    assert choose_lpbq(w, Grid(4, True, True, block_size=(1, 32))).block_scale.tolist() == [[16, 1]]
+
+
+@pytest.mark.parametrize(
+    ("grid", "shape", "scale_bits"),
+    [
+        (Grid(4, True, True, block_size=(1, -1)), (4, 32), 4),
+        (Grid(4, block_size=(1, 8)), (4, 32), 4),
+        (Grid(4), (4, 32), 4),
+        (Grid(4, True, True, block_size=(1, 8)), (4, 32), 8),
+        (Grid(4, True, True, block_size=(1, 32)), (4, 32), 4),
+        (Grid(4, True, True, block_size=(1, 8, 1, 1)), (4, 32, 3, 3), 4),
+    ],
+)
+def test_lpbq_of_what_is_not_rows_of_blocks_is_refused(grid, shape, scale_bits):
+    with pytest.raises(ValueError, match="LPBQ needs"):
+        choose_lpbq(np.ones(shape, np.float32), grid, scale_bits=scale_bits)
 
 
 # -- bits ------------------------------------------------------------------------------------------------------------
@@ -162,6 +189,11 @@ def test_bits_per_weight_of_gguf_blocks():
 def test_bits_per_weight_of_lpbq_counts_both_kinds_of_scale():
     grid = Grid(4, True, True, block_size=(1, 32))
     assert bits_per_weight(grid, (64, 4096), scale_bits=4, channel_bits=32) == pytest.approx(4 + 4 / 32 + 32 / 4096)
+
+
+def test_an_empty_tensor_has_no_bits_per_weight():
+    with pytest.raises(ValueError, match="no weights"):
+        bits_per_weight(Grid(4), (0, 3))
 
 
 def test_parameters_of_another_shape_are_refused():

@@ -206,3 +206,142 @@ def test_what_is_no_network_is_refused_in_one_line():
         with pytest.raises(ValueError) as caught:
             graph.prepare(model)
         assert "\n" not in str(caught.value)
+
+
+# -- what real files come with ----------------------------------------------------------------------------------------
+
+
+def chain(nodes, constants, *, opset=21, inputs=None, outputs=("y",), shape=(3,)):
+    inputs = inputs or [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)]
+    results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * len(shape)) for name in outputs]
+    tensors = [numpy_helper.from_array(np.asarray(value), key) for key, value in constants.items()]
+    graph_ = helper.make_graph(nodes, "g", inputs, results, tensors)
+    return helper.make_model(graph_, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+
+
+def test_constants_that_are_listed_as_inputs_too_are_constants():
+    model, feeds = network(opset=9)
+    for tensor in model.graph.initializer:
+        model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    prepared = graph.prepare(model)
+    assert [entry.name for entry in prepared.graph.input] == ["x"]
+    np.testing.assert_allclose(run(prepared, feeds)[0], run(model, feeds)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_norm_in_training_mode_stays():
+    model, _ = network(opset=17)
+    node = model.graph.node[1]
+    node.attribute.append(helper.make_attribute("training_mode", 1))
+    node.output.extend(["mean", "variance"])
+    assert [node.op_type for node in graph.prepare(model).graph.node] == ["Conv", "BatchNormalization"]
+
+
+@pytest.mark.parametrize("captured", ["y", "w"])
+def test_what_a_branch_reads_is_not_folded_away(captured):
+    model, feeds = network(opset=21)
+    size = [4, 4, 3, 3] if captured == "w" else [1, 4, 4, 4]
+    output = [helper.make_tensor_value_info("t", TensorProto.FLOAT, size)]
+    branch = helper.make_graph([helper.make_node("Neg", [captured], ["t"])], "b", [], output)
+    other = helper.make_graph([helper.make_node("Abs", [captured], ["t"])], "c", [], output)
+    model.graph.input.append(helper.make_tensor_value_info("flag", TensorProto.BOOL, []))
+    model.graph.node.append(helper.make_node("If", ["flag"], ["chosen"], then_branch=branch, else_branch=other))
+    model.graph.output.append(helper.make_tensor_value_info("chosen", TensorProto.FLOAT, size))
+    feeds = feeds | {"flag": np.array(True)}
+    for new, old in zip(run(graph.prepare(model), feeds), run(model, feeds), strict=True):
+        np.testing.assert_allclose(new, old, rtol=1e-4, atol=1e-4)
+
+
+def test_a_bias_that_is_added_gets_a_name_of_its_own():
+    model, feeds = network(bias=False)
+    model.graph.initializer.append(numpy_helper.from_array(np.float32(2), "w.bias"))
+    model.graph.node.append(helper.make_node("Mul", ["z", "w.bias"], ["doubled"]))
+    model.graph.output.append(helper.make_tensor_value_info("doubled", TensorProto.FLOAT, [None] * 4))
+    for new, old in zip(run(graph.prepare(model), feeds), run(model, feeds), strict=True):
+        np.testing.assert_allclose(new, old, rtol=1e-4, atol=1e-4)
+
+
+def test_local_functions_are_written_out():
+    double = helper.make_function(
+        "mine", "Double", ["a"], ["b"], [helper.make_node("Add", ["a", "a"], ["b"])], [helper.make_opsetid("", 17)]
+    )
+    model = chain([helper.make_node("Double", ["x"], ["y"], domain="mine")], {}, opset=17)
+    model.opset_import.append(helper.make_opsetid("mine", 1))
+    model.functions.append(double)
+    x = np.arange(3, dtype=np.float32)
+    np.testing.assert_array_equal(run(graph.prepare(model), {"x": x})[0], 2 * x)
+
+
+def test_unknown_sizes_are_not_taken_for_known_ones():
+    entry = helper.make_tensor_value_info("x", TensorProto.FLOAT, [-1, 3, -1])
+    model = chain([helper.make_node("Shape", ["x"], ["s"]), helper.make_node("Cast", ["s"], ["y"], to=1)], {})
+    del model.graph.input[:]
+    model.graph.input.append(entry)
+    assert "Shape" in [node.op_type for node in graph.prepare(model).graph.node]
+    known = graph.prepare(model, {"x": (2, 3, 5)})
+    assert known.graph.node == [] or "Shape" not in [node.op_type for node in known.graph.node]
+
+
+def test_part_of_a_shape_is_folded_as_it_is_asked_for():
+    nodes = [helper.make_node("Shape", ["x"], ["s"], start=-2, end=-1), helper.make_node("Cast", ["s"], ["c"], to=1)]
+    nodes.append(helper.make_node("Add", ["x", "c"], ["y"]))
+    prepared = graph.prepare(chain(nodes, {}, shape=(2, 5, 3)))
+    assert [node.op_type for node in prepared.graph.node] == ["Add"]
+    np.testing.assert_array_equal(numpy_helper.to_array(prepared.graph.initializer[0]), [5])
+
+
+@pytest.mark.parametrize("op", ["RandomUniformLike", "Bernoulli"])
+def test_what_is_drawn_anew_at_every_run_is_not_a_constant(op):
+    nodes = [helper.make_node(op, ["c"], ["r"]), helper.make_node("Add", ["x", "r"], ["y"])]
+    prepared = graph.prepare(chain(nodes, {"c": np.full(3, 0.5, np.float32)}))
+    assert [node.op_type for node in prepared.graph.node] == [op, "Add"]
+
+
+def test_a_constant_too_large_to_keep_is_left_to_be_computed():
+    nodes = [helper.make_node("ConstantOfShape", ["n"], ["c"]), helper.make_node("ReduceSum", ["c"], ["t"], keepdims=0)]
+    nodes.append(helper.make_node("Add", ["x", "t"], ["y"]))
+    prepared = graph.prepare(chain(nodes, {"n": np.array([2**44], np.int64)}))
+    assert "ConstantOfShape" in [node.op_type for node in prepared.graph.node]
+
+
+def test_what_the_reference_cannot_evaluate_stays():
+    nodes = [helper.make_node("Gather", ["c", "far"], ["r"]), helper.make_node("Add", ["x", "r"], ["y"])]
+    model = chain(nodes, {"c": np.ones(3, np.float32), "far": np.array([7], np.int64)})
+    assert [node.op_type for node in graph.prepare(model).graph.node] == ["Gather", "Add"]
+
+
+def test_nodes_of_one_name_get_two_and_weights_wants_them_apart():
+    first = helper.make_node("MatMul", ["x", "a"], ["m"], name="same")
+    nodes = [first, helper.make_node("MatMul", ["m", "b"], ["y"], name="same")]
+    model = chain(nodes, {"a": np.eye(3, dtype=np.float32), "b": np.ones((3, 3), np.float32)}, shape=(1, 3))
+    assert list(graph.weights(graph.prepare(model))) == ["same", "same.2"]
+    with pytest.raises(ValueError, match="two nodes are called 'same': prepare the network first"):
+        graph.weights(model)
+
+
+def test_a_size_two_inputs_share_by_name_is_fixed_in_both():
+    entries = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 3]) for name in "xz"]
+    model = chain([helper.make_node("Add", ["x", "z"], ["y"])], {}, inputs=entries, shape=(1, 3))
+    prepared = graph.prepare(model, {"x": (4, 3)})
+    assert [entry.type.tensor_type.shape.dim[0].dim_value for entry in prepared.graph.input] == [4, 4]
+
+
+@pytest.mark.parametrize("shape", [(3.7, 2), None, "ab", 5])
+def test_a_shape_of_other_than_whole_numbers_is_refused(shape):
+    with pytest.raises((ValueError, TypeError), match=r"whole numbers|not iterable"):
+        graph.prepare(zoo.digits_cnn(), {"input": shape})
+
+
+def test_weights_go_back_into_their_own_layout_and_type():
+    for axis, shape in ((0, (4, 3, 2, 2)), (1, (3, 4)), (1, (3, 4, 2, 2))):
+        values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        weight = graph.Weight("n", "Conv", "w", values, axis)
+        assert weight.rows.shape[0] == shape[axis]
+        np.testing.assert_array_equal(weight.from_rows(weight.rows), values)
+    model = chain([helper.make_node("MatMul", ["x", "a"], ["y"])], {"a": np.eye(3, dtype=np.float16)}, shape=(1, 3))
+    changed = graph.replace_weights(model, {"a": np.ones((3, 3), np.float64)})
+    assert numpy_helper.to_array(changed.graph.initializer[0]).dtype == np.float16
+
+
+def test_a_transposed_convolution_in_groups_has_no_rows():
+    model, _ = network("ConvTranspose", group=2)
+    assert graph.weights(graph.prepare(model)) == {}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from qtools.affine import Grid, QParams, choose_and_quantize, choose_qparams, quantize, to_lpbq
+from qtools.affine import Grid, QParams, choose_and_quantize, choose_lpbq, choose_qparams, quantize
 from qtools.metrics import sqnr_db
 from qtools.npu import htp
 from qtools.qdq import operator_model
@@ -165,6 +165,8 @@ def table(arches: Iterable[str] = htp.SOC_OF_ARCH, progress: bool = False) -> di
     from tqdm import tqdm
 
     arches = list(arches)
+    if not arches:
+        raise ValueError("name at least one architecture to ask")
     if not htp.status().available:
         raise htp.HTPUnavailable(f"no HTP backend: {htp.status().reason}")
     answers: dict[str, dict[str, Any]] = {str(probe): {} for probe in probes()}
@@ -211,7 +213,7 @@ def show(answers: Mapping[Probe, Mapping[str, Answer]]) -> str:
         lines += [op, f"{'weights':8}{'activations':13}{'scale per':12}" + "".join(f"{arch:>7}" for arch in arches)]
         for probe, said in asked.items():
             row = f"{f'int{probe.weight_bits}':8}{probe.activation:13}{probe.granularity:12}"
-            lines.append(row + "".join(f"{_sign(said[arch]):>7}" for arch in arches))
+            lines.append(row + "".join(f"{sign(said[arch]):>7}" for arch in arches))
         lines.append("")
     lines.append("a number: taken; the largest distance of an output code from ONNX Runtime's")
     lines.append("a number with dB: taken; SQNR of the float output against ONNX Runtime's")
@@ -220,7 +222,8 @@ def show(answers: Mapping[Probe, Mapping[str, Answer]]) -> str:
     return "\n".join(lines)
 
 
-def _sign(answer: Answer) -> str:
+def sign(answer: Answer) -> str:
+    """An answer as `show` writes it."""
     if not answer.accepted:
         return "--" if answer.refused_by == "library" else "-"
     if answer.float_bias:
@@ -266,7 +269,7 @@ def _weights(probe: Probe) -> tuple[np.ndarray, Any]:
         w, spare = w[:, :, None, None], (1, 1) if size else (-1, -1)
     grid = Grid(probe.weight_bits, signed=True, symmetric=True, block_size=blocks + spare)
     if kind == "LPBQ":
-        encoding = to_lpbq(choose_qparams(w, grid))
+        encoding = choose_lpbq(w, grid)
         return quantize(w, encoding.qparams), encoding
     return choose_and_quantize(w, grid)
 

@@ -21,6 +21,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -29,11 +30,18 @@ if TYPE_CHECKING:
     import onnx
     import onnxruntime
 
-SOC_OF_ARCH = {"v68": "30", "v69": "36", "v73": "43", "v75": "57", "v79": "69", "v81": "87"}
-"""Hexagon architecture to the SoC id of one phone chip that has it: SM8350, SM8450, SM8550, SM8650, SM8750, SM8850.
+SOCS = {
+    "sm8350": ("v68", "30"), "sm8450": ("v69", "36"), "sm8475": ("v69", "42"), "sm8550": ("v73", "43"),
+    "sc8380xp": ("v73", "60"), "sm8650": ("v75", "57"), "sm8750": ("v79", "69"), "sm8850": ("v81", "87"),
+    "sa8295": ("v68", "39"), "sa8255": ("v73", "52"), "qcm6490": ("v68", "93"), "qcs9100": ("v73", "77"),
+}  # fmt: skip
+"""Chip to its Hexagon architecture and SoC id.
 
 Source: the SoC table of ExecuTorch's Qualcomm backend (``serialization/qc_schema.py``).
 """
+
+SOC_OF_ARCH = {SOCS[soc][0]: SOCS[soc][1] for soc in ("sm8350", "sm8450", "sm8550", "sm8650", "sm8750", "sm8850")}
+"""Hexagon architecture to the SoC id of one phone chip that has it."""
 
 _PROVIDER = "QNNExecutionProvider"
 
@@ -104,16 +112,90 @@ def session(
     """
     if arch not in SOC_OF_ARCH:
         raise ValueError(f"arch must be one of {', '.join(SOC_OF_ARCH)}, got {arch!r}")
+    return _open(model, arch, SOC_OF_ARCH[arch], options or {}, {})
+
+
+def export(model: onnx.ModelProto | bytes | os.PathLike | str, soc: str, stem: os.PathLike | str) -> list[Path]:
+    """What a phone needs of a network, written by the backend (emulated): ``STEM_net.json``, ``.dlc``, ``_SOC.bin``.
+
+    The first is the graph as the backend sees it, the second Qualcomm's container of it, the third the compiled
+    context binary for one chip, with the small ONNX file that loads it (``STEM_SOC.onnx``).
+
+    Parameters
+    ----------
+    model : ModelProto, serialized bytes, or path of an ONNX file
+        With quantized inputs and outputs or float ones; fixed shapes.
+    soc : str
+        A key of `SOCS`.
+    stem : path
+        Where the files go; those of earlier runs are replaced once all are made.
+
+    Returns
+    -------
+    list of Path
+        The files, in the order above.
+
+    Raises
+    ------
+    HTPUnavailable, HTPRefused
+        As `session`.
+    ValueError
+        If there is no such chip.
+    """
+    if soc.lower() not in SOCS:
+        raise ValueError(f"soc must be one of {', '.join(SOCS)}, got {soc!r}")
+    (arch, model_id), stem = SOCS[soc.lower()], Path(stem)
+    with tempfile.TemporaryDirectory(dir=stem.parent, prefix=".qtools-export-") as scratch:
+        folder = Path(scratch)
+        for part in ("json", "dlc", "context"):
+            (folder / part).mkdir()
+        _open(model, arch, model_id, {"dump_json_qnn_graph": "1", "json_qnn_graph_dir": str(folder / "json")}, {})
+        library = Path(_htp_path()).with_name("libQnnIr.so")
+        dlc = {"dump_qnn_ir_dlc": "1", "dump_qnn_ir_dlc_dir": str(folder / "dlc"), "qnn_ir_backend_path": str(library)}
+        _open(model, arch, model_id, dlc, {})
+        loader = folder / "context" / f"{stem.name}_{soc.lower()}.onnx"
+        entries = {"ep.context_enable": "1", "ep.context_file_path": str(loader), "ep.context_embed_mode": "0"}
+        _open(model, arch, model_id, {}, entries)
+        made = {
+            stem.with_name(f"{stem.name}_net.json"): _only(folder / "json", "*_0.json"),
+            stem.with_name(f"{stem.name}.dlc"): _only(folder / "dlc", "*.dlc"),
+            loader.name: loader,
+        } | {path.name: path for path in (folder / "context").glob("*.bin")}
+        placed = {stem.with_name(Path(target).name): source for target, source in made.items()}
+        for target, source in placed.items():
+            os.replace(source, target)
+    return list(placed)
+
+
+def _only(folder: Path, pattern: str) -> Path:
+    found = sorted(folder.glob(pattern))
+    if len(found) != 1:
+        raise HTPRefused(f"the backend made {len(found)} graphs of this network instead of one", "provider")
+    return found[0]
+
+
+def _htp_path() -> str:
+    import onnxruntime_qnn
+
+    return onnxruntime_qnn.get_qnn_htp_path()
+
+
+def _open(
+    model: onnx.ModelProto | bytes | os.PathLike | str,
+    arch: str,
+    soc_model: str,
+    options: Mapping[str, str],
+    entries: Mapping[str, str],
+) -> onnxruntime.InferenceSession:
     device = _device()
     import onnxruntime
-    import onnxruntime_qnn
 
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 2  # warnings tell who refused a node
-    settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    backend = {"backend_path": onnxruntime_qnn.get_qnn_htp_path()}
-    target = {"htp_arch": arch[1:], "soc_model": SOC_OF_ARCH[arch]}
-    settings.add_provider_for_devices([device], {**backend, **target, **(options or {})})
+    for key, value in {"session.disable_cpu_ep_fallback": "1", **entries}.items():
+        settings.add_session_config_entry(key, value)
+    backend = {"backend_path": _htp_path(), "htp_arch": arch[1:], "soc_model": soc_model}
+    settings.add_provider_for_devices([device], {**backend, **options})
     source = model if isinstance(model, bytes) else os.fspath(model) if _is_path(model) else model.SerializeToString()
     if _is_path(model) and not os.path.isfile(source):
         raise FileNotFoundError(f"no such ONNX file: {source}")

@@ -6,8 +6,9 @@ Every step takes an ONNX model and returns another; the one given stays as it wa
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 OPSET = 21  # the first with 16-bit and 4-bit codes and blocked scales
 _FOLD_UP_TO = 1 << 24  # elements; a constant any larger is left to be computed
+_DEFAULT = ("", "ai.onnx")
+_DRAWS = {"Bernoulli", "Multinomial", "Dropout"}  # beside Random…: another result at every run
 
 
 @dataclass(frozen=True)
@@ -70,38 +73,71 @@ def prepare(model: onnx.ModelProto, input_shapes: Mapping[str, Sequence[int]] | 
         rank or the fixed dimensions of the shape given.
     """
     import onnx
-    from onnx import version_converter
 
+    model = _upgraded(model)
+    _fix_inputs(model, input_shapes or {})
+    try:
+        _fold_constants(model)
+        _fold_batch_norms(model)
+        drop_unused(model)
+        _name_nodes(model)
+        return onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except onnx.shape_inference.InferenceError as error:
+        raise ValueError(f"the shapes of this network contradict each other: {_first_line(error)}") from None
+
+
+def _upgraded(model: onnx.ModelProto) -> onnx.ModelProto:
+    import onnx
+    from onnx import inliner, version_converter
+
+    opsets = [entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")]
+    if not opsets:
+        raise ValueError("not an ONNX network: it imports no opset of the default domain")
     try:
         onnx.checker.check_model(model)
-        opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-        model = version_converter.convert_version(model, OPSET) if opset < OPSET else _copy(model)
-    except StopIteration:
-        raise ValueError("the model imports no opset of the default ONNX domain") from None
-    except (onnx.checker.ValidationError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"not a network that can be brought to opset {OPSET}: {reason}") from None
+        # The converter drops local functions; written out they are nodes like any other.
+        model = inliner.inline_local_functions(model) if model.functions else copy_of(model)
+        if opsets[0] < OPSET:
+            model = version_converter.convert_version(model, OPSET)
+    except Exception as error:  # the converter raises types of its own, and plain RuntimeErrors
+        raise ValueError(f"not a network that can be brought to opset {OPSET}: {_first_line(error)}") from None
     model.ir_version = max(model.ir_version, 10)
-    _fix_inputs(model, input_shapes or {})
-    _fold_constants(model)
-    _fold_batch_norms(model)
-    _drop_unused(model)
-    _name_nodes(model)
-    return onnx.shape_inference.infer_shapes(model, data_prop=True)
+    # Files of the first years list their constants among the inputs too, as defaults that a caller could replace.
+    constants = {tensor.name for tensor in model.graph.initializer}
+    inputs = [entry for entry in model.graph.input if entry.name not in constants]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def weights(model: onnx.ModelProto) -> dict[str, Weight]:
-    """All constant weights of Conv, ConvTranspose, Gemm and MatMul nodes, by node name, in order."""
+    """All constant weights of Conv, ConvTranspose, Gemm and MatMul nodes, by node name, in order.
+
+    Those of a ConvTranspose in groups are left out: they have no axis of output channels.
+
+    Raises
+    ------
+    ValueError
+        If two such nodes have one name, as in a network that was not prepared.
+    """
     from onnx import numpy_helper
 
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     found = {}
     for node in model.graph.node:
-        if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul") and node.input[1] in constants:
+        known = node.domain in _DEFAULT and node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")
+        grouped = node.op_type == "ConvTranspose" and attribute(node, "group", 1) != 1
+        if known and not grouped and node.input[1] in constants:
             values = numpy_helper.to_array(constants[node.input[1]])
             if values.ndim >= 2:
-                depthwise = node.op_type == "Conv" and values.shape[1] == 1 and _attribute(node, "group", 1) > 1
-                axis = _channel_axis(node, values.ndim)
+                if node.name in found:
+                    raise ValueError(f"two nodes are called {node.name!r}: prepare the network first")
+                depthwise = node.op_type == "Conv" and values.shape[1] == 1 and attribute(node, "group", 1) > 1
+                axis = channel_axis(node, values.ndim)
                 found[node.name] = Weight(node.name, node.op_type, node.input[1], values, axis, depthwise)
     return found
 
@@ -116,12 +152,13 @@ def replace_weights(model: onnx.ModelProto, values: Mapping[str, np.ndarray]) ->
     """
     from onnx import numpy_helper
 
-    model = _copy(model)
+    model = copy_of(model)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     for name, array in values.items():
         if name not in constants or tuple(constants[name].dims) != array.shape:
             raise ValueError(f"the network has no initializer {name!r} of shape {array.shape}")
-        constants[name].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array, np.float32), name))
+        dtype = numpy_helper.to_array(constants[name]).dtype
+        constants[name].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array, dtype), name))
     return model
 
 
@@ -129,29 +166,44 @@ def replace_weights(model: onnx.ModelProto, values: Mapping[str, np.ndarray]) ->
 
 
 def _fix_inputs(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) -> None:
-    constants = {tensor.name for tensor in model.graph.initializer}
-    inputs = {entry.name: entry for entry in model.graph.input if entry.name not in constants}
+    inputs = {entry.name: entry for entry in model.graph.input}
+    named: dict[str, set[int]] = {}
     for name, shape in shapes.items():
         if name not in inputs:
             raise ValueError(f"the network has no input {name!r}: it has {', '.join(inputs)}")
         dims = inputs[name].type.tensor_type.shape.dim
-        if len(dims) != len(shape) or any(size < 1 for size in shape):
-            raise ValueError(f"the input {name!r} has {len(dims)} axes, of positive size; got {tuple(shape)}")
-        for dim, size in zip(dims, shape):
+        sizes = _sizes(name, shape, len(dims))
+        for dim, size in zip(dims, sizes):
             if dim.dim_value > 0 and dim.dim_value != size:  # some exporters write -1 for "any"
-                raise ValueError(f"the input {name!r} has a fixed size of {dim.dim_value}, got {size}: {tuple(shape)}")
-            dim.dim_value = int(size)
+                raise ValueError(f"the input {name!r} has a fixed size of {dim.dim_value}, got {size}: {sizes}")
+            named.setdefault(dim.dim_param, set()).add(size)
+            dim.dim_value = size
+    # A size that inputs share by its name is fixed in all of them; some exporters call all unknown ones "?".
+    shared = {param: sizes.pop() for param, sizes in named.items() if param and len(sizes) == 1}
+    for entry in inputs.values():
+        for dim in entry.type.tensor_type.shape.dim:
+            if dim.dim_param in shared:
+                dim.dim_value = shared[dim.dim_param]
     # What was inferred for other shapes would contradict the new ones.
     del model.graph.value_info[:]
-    if shapes:
-        for output in model.graph.output:
-            output.type.tensor_type.ClearField("shape")
+    for output in model.graph.output if shapes else ():
+        for dim in output.type.tensor_type.shape.dim:
+            dim.Clear()
+
+
+def _sizes(name: str, shape: Sequence[int], rank: int) -> tuple[int, ...]:
+    try:
+        sizes = tuple(operator.index(size) for size in shape)
+    except TypeError:
+        raise ValueError(f"the shape of the input {name!r} must be whole numbers, got {shape!r}") from None
+    if len(sizes) != rank or any(size < 1 for size in sizes):
+        raise ValueError(f"the input {name!r} has {rank} axes, of positive size; got {sizes}")
+    return sizes
 
 
 def _fold_constants(model: onnx.ModelProto) -> None:
     """Compute once what depends on constants and known shapes only; what ONNX's reference evaluates, bit for bit."""
-    from onnx import helper, numpy_helper, shape_inference
-    from onnx.reference import ReferenceEvaluator
+    from onnx import numpy_helper, shape_inference
 
     inferred = shape_inference.infer_shapes(model, data_prop=True).graph
     shapes = {entry.name: _known_shape(entry) for entry in (*inferred.value_info, *inferred.input)}
@@ -160,26 +212,39 @@ def _fold_constants(model: onnx.ModelProto) -> None:
     kept = []
     for node in model.graph.node:
         result = None
-        if node.op_type == "Shape" and shapes.get(node.input[0]) is not None:
-            span = slice(_attribute(node, "start", 0), _attribute(node, "end", None))
+        if node.op_type == "Shape" and node.domain in _DEFAULT and shapes.get(node.input[0]) is not None:
+            span = slice(attribute(node, "start", 0), attribute(node, "end", None))
             result = [np.array(shapes[node.input[0]], np.int64)[span]]
-        elif _is_constant(node, values):
-            feeds = {name: values[name] for name in node.input if name}
-            entries = [helper.make_tensor_value_info(name, 0, None) for name in node.output]
-            inputs = [
-                helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
-                for name, value in feeds.items()
-            ]
-            alone = helper.make_graph([node], "constant", inputs, entries)
-            single = helper.make_model(alone, opset_imports=model.opset_import, ir_version=model.ir_version)
-            result = ReferenceEvaluator(single).run(None, feeds)
-        if result is None or outputs & set(node.output) or sum(np.size(part) for part in result) > _FOLD_UP_TO:
+        elif not outputs & set(node.output) and _is_constant(node, values, shapes):
+            result = _evaluated(model, node, values)
+        if result is None or outputs & set(node.output):
             kept.append(node)
             continue
         for name, value in zip(node.output, result):
             values[name] = np.asarray(value)
             model.graph.initializer.append(numpy_helper.from_array(values[name], name))
-    _set_nodes(model, kept)
+    set_nodes(model, kept)
+
+
+def _evaluated(model: onnx.ModelProto, node: onnx.NodeProto, values: Mapping[str, np.ndarray]) -> list | None:
+    """A node's results, or None where the reference cannot tell: then it stays, and ONNX Runtime computes it."""
+    from onnx import helper
+    from onnx.reference import ReferenceEvaluator
+
+    feeds = {name: values[name] for name in node.input if name}
+    try:
+        inputs = [
+            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
+            for name, value in feeds.items()
+        ]
+        entries = [helper.make_tensor_value_info(name, 0, None) for name in node.output]
+        alone = helper.make_graph([node], "constant", inputs, entries)
+        single = helper.make_model(alone, opset_imports=model.opset_import, ir_version=model.ir_version)
+        result = ReferenceEvaluator(single).run(None, feeds)
+    except Exception:
+        return None
+    fits = all(isinstance(part, np.ndarray | np.generic) and part.dtype.kind in "biuf" for part in result)
+    return result if fits and len(result) == len(node.output) else None
 
 
 def _fold_batch_norms(model: onnx.ModelProto) -> None:
@@ -188,7 +253,10 @@ def _fold_batch_norms(model: onnx.ModelProto) -> None:
 
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     uses = Counter(name for node in model.graph.node for name in node.input)
+    for node in model.graph.node:
+        uses.update(_read_by(node) - set(node.input))  # by the branches inside it
     uses.update(output.name for output in model.graph.output)
+    taken = {*uses, *constants, *(name for node in model.graph.node for name in node.output)}
     makers = {name: node for node in model.graph.node for name in node.output}
     kept = []
     for node in model.graph.node:
@@ -197,22 +265,24 @@ def _fold_batch_norms(model: onnx.ModelProto) -> None:
             kept.append(node)
             continue
         gain, shift, mean, variance = (numpy_helper.to_array(constants[name]) for name in node.input[1:5])
-        factor = gain / np.sqrt(variance + _attribute(node, "epsilon", 1e-5))
+        factor = gain / np.sqrt(variance + attribute(node, "epsilon", 1e-5))
         weight = numpy_helper.to_array(constants[before.input[1]])
-        bias = numpy_helper.to_array(constants[before.input[2]]) if len(before.input) > 2 else np.zeros_like(shift)
+        has_bias = len(before.input) > 2 and before.input[2]
+        bias = numpy_helper.to_array(constants[before.input[2]]) if has_bias else np.zeros_like(shift)
         spread = [1] * weight.ndim
-        spread[_channel_axis(before, weight.ndim)] = -1
+        spread[channel_axis(before, weight.ndim)] = -1
         folded = (weight * factor.reshape(spread)).astype(weight.dtype)
         constants[before.input[1]].CopyFrom(numpy_helper.from_array(folded, before.input[1]))
-        bias_name = before.input[2] if len(before.input) > 2 else f"{before.input[1]}.bias"
+        bias_name = before.input[2] if has_bias else free_name(f"{before.input[1]}.bias", taken)
         folded_bias = numpy_helper.from_array(((bias - mean) * factor + shift).astype(weight.dtype), bias_name)
-        if len(before.input) > 2:
+        if has_bias:
             constants[bias_name].CopyFrom(folded_bias)
         else:
+            del before.input[2:]
             before.input.append(bias_name)
             model.graph.initializer.append(folded_bias)
         before.output[0] = node.output[0]
-    _set_nodes(model, kept)
+    set_nodes(model, kept)
 
 
 def _can_fold(
@@ -223,39 +293,44 @@ def _can_fold(
 ) -> bool:
     if before is None or before.op_type not in ("Conv", "ConvTranspose", "Gemm") or uses[node.input[0]] != 1:
         return False
+    if attribute(node, "training_mode", 0) or any(node.output[1:]):
+        return False
     # A transposed convolution in groups keeps its output channels on two axes; a Gemm may scale its operands.
-    if before.op_type == "ConvTranspose" and _attribute(before, "group", 1) != 1:
+    if before.op_type == "ConvTranspose" and attribute(before, "group", 1) != 1:
         return False
-    if before.op_type == "Gemm" and (_attribute(before, "alpha", 1.0), _attribute(before, "beta", 1.0)) != (1.0, 1.0):
+    if before.op_type == "Gemm" and (attribute(before, "alpha", 1.0), attribute(before, "beta", 1.0)) != (1.0, 1.0):
         return False
-    shared = any(uses[name] > 1 for name in before.input[1:])
-    return not shared and all(name in constants for name in (*before.input[1:], *node.input[1:5]))
+    own = [name for name in before.input[1:] if name]
+    shared = any(uses[name] > 1 for name in own)
+    return not shared and all(name in constants for name in (*own, *node.input[1:5]))
 
 
-def _drop_unused(model: onnx.ModelProto) -> None:
+def drop_unused(model: onnx.ModelProto) -> None:
     needed, kept = {output.name for output in model.graph.output}, []
     for node in reversed(model.graph.node):
         if needed & set(node.output):
             needed |= _read_by(node)
             kept.append(node)
-    _set_nodes(model, kept[::-1])
+    set_nodes(model, kept[::-1])
     used = [tensor for tensor in model.graph.initializer if tensor.name in needed]
     del model.graph.initializer[:]
     model.graph.initializer.extend(used)
 
 
 def _name_nodes(model: onnx.ModelProto) -> None:
-    taken = {node.name for node in model.graph.node}
+    """Give every node a name of its own."""
+    taken: set[str] = set()
+    named = Counter(node.name for node in model.graph.node)
     for index, node in enumerate(model.graph.node):
-        if not node.name:
-            name = f"{node.op_type}.{index}"
-            node.name = name if name not in taken else f"{name}.unnamed"
+        if not node.name or node.name in taken:
+            node.name = free_name(node.name or f"{node.op_type}.{index}", taken | set(named))
+        taken.add(node.name)
 
 
 # -- helpers ---------------------------------------------------------------------------------------------------------
 
 
-def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
+def copy_of(model: onnx.ModelProto) -> onnx.ModelProto:
     import onnx
 
     copy = onnx.ModelProto()
@@ -263,7 +338,7 @@ def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
-def _set_nodes(model: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> None:
+def set_nodes(model: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> None:
     nodes = list(nodes)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
@@ -279,30 +354,41 @@ def _read_by(node: onnx.NodeProto) -> set[str]:
     return names
 
 
-def _is_constant(node: onnx.NodeProto, values: Mapping[str, np.ndarray]) -> bool:
-    if (
-        node.domain not in ("", "ai.onnx")
-        or node.op_type.startswith("Random")
-        or node.op_type in ("If", "Loop", "Scan")
-    ):
+def free_name(name: str, taken: Collection[str]) -> str:
+    """`name`, or `name` with a number behind it if it is taken."""
+    return next(free for free in (name, *(f"{name}.{n}" for n in range(2, len(taken) + 3))) if free not in taken)
+
+
+def _is_constant(
+    node: onnx.NodeProto, values: Mapping[str, np.ndarray], shapes: Mapping[str, list[int] | None]
+) -> bool:
+    """Whether a node gives the same result whenever it runs, and not too large a one."""
+    if node.domain not in _DEFAULT or node.op_type.startswith("Random") or node.op_type in _DRAWS:
         return False
-    return all(not name or name in values for name in node.input)
+    if any(entry.HasField("g") or entry.graphs for entry in node.attribute):
+        return False
+    if not all(not name or name in values for name in node.input):
+        return False
+    sizes = [math.prod(shapes[name]) for name in node.output if shapes.get(name) is not None]
+    if node.op_type == "ConstantOfShape":
+        sizes.append(math.prod(int(size) for size in values[node.input[0]]))
+    return all(size <= _FOLD_UP_TO for size in sizes)
 
 
 def _known_shape(entry: onnx.ValueInfoProto) -> list[int] | None:
     if not entry.type.tensor_type.HasField("shape"):
         return None
     dims = [dim.dim_value if dim.HasField("dim_value") else 0 for dim in entry.type.tensor_type.shape.dim]
-    return dims if math.prod(dims) > 0 or not dims else None
+    return dims if all(size > 0 for size in dims) else None
 
 
-def _attribute(node: onnx.NodeProto, name: str, default: float | int | None) -> float | int | None:
+def attribute(node: onnx.NodeProto, name: str, default: float | int | None) -> float | int | None:
     from onnx import helper
 
     return next((helper.get_attribute_value(entry) for entry in node.attribute if entry.name == name), default)
 
 
-def _channel_axis(node: onnx.NodeProto, rank: int) -> int:
-    if node.op_type == "Conv" or (node.op_type == "Gemm" and _attribute(node, "transB", 0)):
+def channel_axis(node: onnx.NodeProto, rank: int) -> int:
+    if node.op_type == "Conv" or (node.op_type == "Gemm" and attribute(node, "transB", 0)):
         return 0
     return rank - 1 if node.op_type == "MatMul" else 1

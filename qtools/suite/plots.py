@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from qtools.affine import Grid, QParams, bits_per_weight, choose_qparams, fake_quantize, qparams_from_range
+from qtools.npu.capabilities import sign
 from qtools.suite.figures import FLOAT, HTP, INT4, INT8, INT16, WARN, end_labels, new
 
 
@@ -149,12 +150,13 @@ def bits_chart(bits: np.ndarray, sqnr: Mapping[str, np.ndarray], title: str) -> 
 
 
 def loud_rows(w: np.ndarray, title: str, around: int = 12) -> Figure:
-    """The neighbourhood of the largest entry of a square weight matrix, and the largest weight of every row."""
+    """The neighbourhood of the largest entry of a weight matrix, and the largest weight of every row."""
     figure, (left, right) = new(1, 2, size=(10, 4.6), width_ratios=(1, 1.25))
     loudest = np.abs(w).max(axis=1)
-    middle = int(np.clip(loudest.argmax(), around, len(w) - around))
-    rows = slice(middle - around, middle + around)
-    window, ends = w[rows, rows], (rows.start, rows.stop, rows.stop, rows.start)
+    place = np.unravel_index(np.abs(w).argmax(), w.shape)
+    top, side = (max(0, min(at - around, n - 2 * around)) for at, n in zip(place, w.shape))
+    window = w[top : top + 2 * around, side : side + 2 * around]
+    ends = (side, side + window.shape[1], top + window.shape[0], top)
     left.imshow(np.abs(window), cmap="viridis", norm=LogNorm(1e-3, loudest.max(), clip=True), extent=ends)
     left.set(title="|w| around the loudest row (yellow: loud)", xlabel="input channel", ylabel="output channel (row)")
     step = loudest.max() / 127
@@ -226,7 +228,7 @@ def capability_chart(answers: Mapping[Any, Mapping[str, Any]], title: str) -> Fi
         ax.imshow(grid, cmap=ListedColormap(kinds), vmin=0, vmax=3, aspect="auto")
         for (row, column), kind in np.ndenumerate(grid):
             answer = table[row][column]
-            text = "–" if kind < 2 else f"{answer.sqnr_db:.0f}" if answer.worst is None else str(answer.worst)
+            text = "–" if kind < 2 else "~" if answer.float_bias else sign(answer).removesuffix("dB")
             ax.text(column, row, text, ha="center", va="center", fontsize=8)
         names = [f"int{probe.weight_bits} per {probe.granularity}".replace("per LPBQ", "LPBQ") for probe in asked]
         ax.set(title=f"{activation} activations", xlabel="Hexagon architecture", ylabel="weights")
