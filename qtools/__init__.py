@@ -20,6 +20,7 @@ _SUBMODULES = (
     "metrics",
     "observers",
     "qdq",
+    "encodings",
     "zoo",
     "npu",
     "ptq",
