@@ -23,3 +23,42 @@ def asymmetric_quantize(x, num_bits=8):
     zero_point = np.clip(zero_point, qmin, qmax)
     q = np.clip(np.round(x / scale + zero_point), qmin, qmax).astype(np.uint8)
     return q, (q.astype(np.float32) - zero_point) * scale, scale, zero_point
+
+
+# Section 2.1, as printed (the comments are the article's: "8-bit activations", "8-bit weights", "keep 32-bit biases",
+# "use CLE").
+CONVERTER = r"""qnn-onnx-converter \
+--input_network model.onnx \
+--output_path model_qnn.cpp \
+--input_dim input 1,3,224,224 \
+--input_list calibration/input_list.txt \
+--act_bw 8 \ # 激活值8-bit
+--weight_bw 8 \ # 权重8-bit
+--bias_bw 32 \ # 偏置保持32-bit
+--algorithms cle \ # 使用CLE优化
+--use_per_channel_quantization
+"""
+
+# Section 2.2, as printed.
+OVERRIDES = """{
+"activation_encodings": {
+"/model/layer.0/attention/Softmax_output_0": {
+"dtype": "int16",
+"is_symmetric": true
+}
+},
+"param_encodings": {
+"model.embed_tokens.weight": {
+"dtype": "int8",
+"is_symmetric": true
+},
+"model.layers.*.self_attn.q_proj.weight": {
+"dtype": "int4",
+"is_symmetric": true
+}
+},
+"supergroups": [
+{"op_list": ["Conv", "Relu"], "fuse": true}
+]
+}
+"""

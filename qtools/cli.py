@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qtools import __version__
+from qtools.ptq.commands import add_convert, add_verify
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,6 +41,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_fetch(commands)
     _add_capabilities(commands)
+    add_convert(commands)
+    add_verify(commands)
     check = commands.add_parser("check", help="say what is installed, and how to mend what is missing")
     check.set_defaults(command=_check)
     return parser

@@ -883,7 +883,7 @@ def read_overrides(path: Path | str) -> Overrides:
     if _version(root) in (None, "0.6.1"):
         rules = [_rule(name, kind, node) for key, kind in _SECTIONS.items() for name, node in root[key].items(dict)]
     else:
-        rules = _rules(loads(text))
+        rules = rules_of(loads(text))
     groups = [group for _, group in root["supergroups"].items(list)] if "supergroups" in root else []
     for group in groups:
         group["fuse"].flag()
@@ -906,7 +906,8 @@ def _rule(name: str, kind: Kind, node: _Node) -> Rule:
     return Rule(name, bits, symmetric, kind, group, Encoding(bits) if found[2] else None)
 
 
-def _rules(encodings: Encodings) -> list[Rule]:
+def rules_of(encodings: Encodings) -> list[Rule]:
+    """One rule for each tensor of an encodings file: that it be stored just so."""
     every = ((kind, name, e) for kind in _SECTIONS.values() for name, e in encodings.of(kind).items())
     return [Rule(name, e.bits, e.symmetric, kind, e.block_size, e) for kind, name, e in every]
 
@@ -950,7 +951,7 @@ def merge(
     names : collection of str, optional
         All tensors of the network: an encoding for any other is unmatched.  By default such an encoding is added.
     """
-    rules = _rules(overrides) if isinstance(overrides, Encodings) else [*getattr(overrides, "rules", overrides)]
+    rules = rules_of(overrides) if isinstance(overrides, Encodings) else [*getattr(overrides, "rules", overrides)]
     known: dict[Kind, set[str]] = {kind: set(base.of(kind)) for kind in _SECTIONS.values()}
     for rule in rules:
         if rule.encoding and "*" not in rule.pattern and (names is None or rule.pattern in names):

@@ -7,7 +7,9 @@ histogram.  Where libraries differ in a definition, `rules` names the library to
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Self, get_args
 
 import numpy as np
@@ -62,9 +64,19 @@ class Observer:
             raise ValueError(f"cannot observe NaN or infinity, found in the tensor of shape {tuple(x.shape)}")
         if self.shape is not None and low.shape != self.shape:
             raise ValueError(f"expected {self.shape} blocks as in earlier batches, got {low.shape} in {tuple(x.shape)}")
+        self.take(x, low, high)
+        self._device = x.device if is_torch_array(x) else None
+        return self
+
+    def take(self, x: Array, low: np.ndarray, high: np.ndarray) -> None:
+        """As `update`, where the range of every block is known, and known to be finite."""
         self._take(x, low.ravel(), high.ravel())
         self.shape, self._dtype = low.shape, np.result_type(self._dtype, low.dtype)
-        self._device = x.device if is_torch_array(x) else None
+
+    def resume(self, dtype: Any, **state: Any) -> Self:
+        """Go on from what another observer (per tensor) has seen: its attributes, and the dtype of its ranges."""
+        vars(self).update(state)
+        self.shape, self._dtype = (), np.dtype(dtype)
         return self
 
     def range(self, grid: Grid) -> tuple[Array, Array]:
@@ -320,8 +332,7 @@ class MSEObserver(_HistogramObserver):
         """Of the ranges `ends` (blocks, candidates, 2), the one of the smallest error per block: (blocks, 1, 2)."""
         delta = np.maximum(ends[..., 1] / steps - ends[..., 0] / steps, _prices.TINY_STEP)
         offset = np.clip(np.round(ends[..., 0] / delta), -steps, 0)
-        price = _prices.power_error
-        best = _prices.cheapest(self.histogram, delta, offset, lambda *given: price(*given, steps, self.p))
+        best = _prices.cheapest(self.histogram, delta, offset, _prices.power_error, steps, self.p)
         return np.take_along_axis(ends, best[..., None], axis=1)
 
 
@@ -379,7 +390,7 @@ class SQNRObserver(_HistogramObserver):
             delta, offset = _prices.candidates(low, high, steps, onnx)
         # aimet-onnx prices a strict symmetric grid as if it had its lowest code.
         price, priced = (_prices.onnx_noise, (1 << grid.bits) - 1) if onnx else (_prices.noise, steps)
-        best = _prices.cheapest(self.histogram, delta, offset, lambda *given: price(*given, priced, self.gamma))
+        best = _prices.cheapest(self.histogram, delta, offset, price, priced, self.gamma)
         delta, offset = (np.take_along_axis(part, best, axis=1)[:, 0] for part in (delta, offset))
         if onnx:
             zeros = (self.histogram.low == 0) & (self.histogram.high == 0)
@@ -445,6 +456,107 @@ class EntropyObserver(_HistogramObserver):
             above = np.minimum(half + 1, counts.shape[1] // 2) if ort else half
             low[part], high[part] = -half * h.width[part], above * h.width[part]
         return np.clip(low, h.low, h.high), np.clip(high, h.low, h.high)
+
+
+OBSERVERS: dict[str, type[Observer]] = {
+    "min_max": MinMaxObserver,
+    "moving_average": MovingAverageObserver,
+    "percentile": PercentileObserver,
+    "mse": MSEObserver,
+    "sqnr": SQNRObserver,
+    "entropy": EntropyObserver,
+}
+_HISTOGRAM_STATE = ("counts", "anchor", "width", "first", "last", "low", "high")
+
+
+class Tally:
+    """What the observers of several methods (per tensor, with their defaults) keep of one tensor, each thing once.
+
+    That is its range, the moving average of its range, and one histogram for each way to lay bins.  MSE and percentile
+    share one: bins whose width is a power of two merge into exactly those that fewer bins would have been.
+
+    Parameters
+    ----------
+    methods : iterable of str
+        Of `OBSERVERS`.
+    """
+
+    def __init__(self, methods: Iterable[str]) -> None:
+        made = {method: OBSERVERS[method]() for method in methods}
+        self.dtype: Any = None
+        self.ranges = {type(one): one for one in made.values() if isinstance(one, MinMaxObserver)}
+        self.histograms: dict[str, Histogram] = {}
+        shared = [one.histogram for one in made.values() if isinstance(one, _HistogramObserver)]
+        for histogram in sorted(shared, key=lambda one: one.bins):
+            self.histograms[histogram.start.__name__] = histogram  # the finest of a kind is the one that stays
+
+    def take(self, x: np.ndarray) -> bool:
+        """Take in a batch of floats; False, and nothing has changed, if it holds NaN or infinity."""
+        if x.size == 0:
+            return True
+        x = np.asarray(x, np.float64 if x.dtype == np.float64 else np.float32, order="C")
+        low, high = x.min(), x.max()
+        if not (math.isfinite(low) and math.isfinite(high)):
+            return False
+        for observer in self.ranges.values():
+            observer.take(x, low, high)
+        for histogram in self.histograms.values():
+            histogram.take(x, low, high)
+        self.dtype = x.dtype
+        return True
+
+    def lend(self, observer: Observer) -> Observer:
+        """Give a new observer the state it would have, had it seen everything; what it chooses is its own affair.
+
+        Raises
+        ------
+        ValueError
+            If it would have kept something else.
+        """
+        state = self._range_for(observer) if isinstance(observer, MinMaxObserver) else self._histogram_for(observer)
+        if not state or observer.block_size:
+            raise ValueError(f"what was kept does not serve a {type(observer).__name__} of {described(observer)}")
+        return observer.resume(self.dtype, **state)
+
+    def _range_for(self, observer: Observer) -> dict[str, Any]:
+        kept = self.ranges.get(type(observer))
+        if kept is None or described(kept) != described(observer):
+            return {}
+        return {"low": kept.low, "high": kept.high}
+
+    def _histogram_for(self, observer: Observer) -> dict[str, Any]:
+        wanted = observer.histogram
+        kept = self.histograms.get(wanted.start.__name__)
+        if kept is None or wanted.clamp_beyond != kept.clamp_beyond:
+            return {}
+        if wanted.start is binary_bins and wanted.bins <= kept.bins:
+            return {"histogram": kept.coarser(wanted.bins)}
+        return {"histogram": copy.deepcopy(kept)} if wanted.bins == kept.bins else {}
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Everything kept, by names."""
+        found = {f"{kind.__name__}.{end}": vars(o)[end] for kind, o in self.ranges.items() for end in ("low", "high")}
+        return found | {f"{k}.{part}": vars(h)[part] for k, h in self.histograms.items() for part in _HISTOGRAM_STATE}
+
+    def restore(self, dtype: Any, arrays: Mapping[str, np.ndarray]) -> Self:
+        """The inverse of `arrays`."""
+        self.dtype = np.dtype(dtype)
+        for kind, observer in self.ranges.items():
+            observer.resume(dtype, **{end: arrays[f"{kind.__name__}.{end}"].astype(dtype) for end in ("low", "high")})
+        for key, histogram in self.histograms.items():
+            vars(histogram).update({part: arrays[f"{key}.{part}"] for part in _HISTOGRAM_STATE})
+        return self
+
+
+def described(observer: Observer) -> dict[str, Any]:
+    """What decides what an observer keeps of its data: block size, momentum, bins."""
+    found: dict[str, Any] = {"block_size": list(observer.block_size)}
+    if isinstance(observer, MovingAverageObserver):
+        found["momentum"] = observer.momentum
+    if isinstance(observer, _HistogramObserver):
+        h = observer.histogram
+        found |= {"bins": h.bins, "start": h.start.__name__, "clamp_beyond": str(h.clamp_beyond)}
+    return found
 
 
 # -- helpers -----------------------------------------------------------------------------------------------------------

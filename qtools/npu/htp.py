@@ -19,7 +19,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -223,8 +223,13 @@ def run(
     """
     opened = session(model, arch, options)
     names = [output.name for output in opened.get_outputs()]
+    return dict(zip(names, quietly(opened.run, names, dict(inputs)), strict=True))
+
+
+def quietly(call: Callable[..., Any], *args: Any) -> Any:
+    """Call a function of native code with its chatter kept out of the terminal and of notebooks."""
     with _silence():
-        return dict(zip(names, opened.run(names, dict(inputs)), strict=True))
+        return call(*args)
 
 
 @functools.cache

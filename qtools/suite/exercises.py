@@ -112,11 +112,73 @@ def _spend(answer: Callable[[np.ndarray, float], Any]) -> bool | None:
     return True
 
 
+def _min_max_range(answer: Callable[[list[np.ndarray]], Any]) -> bool | None:
+    """3.1: the range of min-max calibration over batches."""
+    for low, high in [(-1.0, 2.0), (0.5, 3.0), (-4.0, -1.0)]:
+        batches = [np.array([low, (low + high) / 2]), np.array([high])]
+        if (given := answer(batches)) is None:
+            return None
+        if not np.allclose(given, (min(low, 0), max(high, 0))):
+            return False
+    return True
+
+
+def _paired(answer: Callable[[np.ndarray, np.ndarray], Any]) -> bool | None:
+    """3.2: difference and 95 % interval of paired accuracies."""
+    a, b = np.random.default_rng(3).integers(0, 2, (2, 400))
+    if (given := answer(a, b)) is None:
+        return None
+    difference = 100.0 * (a - b)
+    return np.allclose(given, (difference.mean(), 1.96 * difference.std() / 20), rtol=0.01)
+
+
+def _bias_codes(answer: Callable[[np.ndarray, float, np.ndarray], Any]) -> bool | None:
+    """3.3: a bias at the scale of its accumulator."""
+    bias, scales = np.array([0.5, -1.25, 3.0]), np.array([0.01, 0.02, 0.005])
+    if (given := answer(bias, 0.05, scales)) is None:
+        return None
+    given = np.asarray(given)
+    return given.dtype.kind == "i" and np.array_equal(given, np.rint(bias / (0.05 * scales)))
+
+
+def _real_value(answer: Callable[[int, float, int], Any]) -> bool | None:
+    """4.1: codes of version 1.0.0."""
+    if answer(3, 0.5, -1) is None:
+        return None
+    return all(
+        np.isclose(answer(q, s, o), (q + o) * s) for q, s, o in [(0, 0.02, -100), (255, 0.02, -100), (7, 3.0, 0)]
+    )
+
+
+def _min_and_max(answer: Callable[[int, float, int], Any]) -> bool | None:
+    """4.2: the ends of a grid."""
+    for bits, scale, zero_point in [(8, 0.02, 100), (4, 0.5, 3), (16, 0.001, 0)]:
+        if (given := answer(bits, scale, zero_point)) is None:
+            return None
+        if not np.allclose(given, (-zero_point * scale, (2**bits - 1 - zero_point) * scale)):
+            return False
+    return True
+
+
+def _traffic(answer: Callable[[list[int], set[int]], Any]) -> bool | None:
+    """4.3: bytes written and read by a chain."""
+    if answer([4, 2], set()) is None:
+        return None
+    cases = [([100, 200, 50], set(), 650), ([100, 200, 50], {0}, 450), ([100, 200, 50, 10], {0, 2}, 410)]
+    return all(answer(sizes, fused) == right for sizes, fused, right in cases)
+
+
 _CHECKS: dict[str, tuple[Callable[..., bool | None], str]] = {
     "1.1": (_grid_of_a_range, "Does your grid hold zero exactly when the range is [1, 2]?"),
     "1.2": (_bits_for, "b bits make 2**b - 1 steps, and n steps give 20 log10(n) dB. Round up."),
     "1.3": (_better_than_min_max, "Try several limits below the largest value and keep the best."),
     "2.1": (_storage_of, "Each group keeps one scale of 16 bits and one zero point of `bits` bits."),
     "2.2": (_in_groups, "Reshape to (rows, groups, group); the largest magnitude of a group maps to the last code."),
+    "4.1": (_real_value, "In 1.0.0 the offset is added to the code, before the scale."),
+    "4.2": (_min_and_max, "The least code stands for min, the greatest for max; zero_point is the code of zero."),
+    "4.3": (_traffic, "A fused tensor is neither written nor read; the last one is written only."),
+    "3.1": (_min_max_range, "Take the least and the greatest over all batches; then let the range hold zero."),
+    "3.2": (_paired, "Take differences line by line first, in points; their standard deviation makes the interval."),
+    "3.3": (_bias_codes, "The sum is in units of x_scale * w_scale; the bias must be too, rounded, as int32."),
     "2.3": (_spend, "List every affordable pair, quantize with each, and keep the one with the best SQNR."),
 }

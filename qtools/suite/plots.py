@@ -265,3 +265,86 @@ def group_errors(figure: Figure, w: np.ndarray, bits: int, group: int, corner: t
     storage = bits_per_weight(grid, w.shape)
     ax.set_title(f"{bits} bits in groups of {group}: {storage:.2f} bits a weight, {sqnr:.1f} dB")
     ax.set(xlabel="input (white lines: a new scale begins)", ylabel="output channel; bright: large error")
+
+
+# -- post-training quantization ---------------------------------------------------------------------------------------
+
+
+def recognizer_chart(rows: Mapping[str, Sequence[float]], title: str) -> Figure:
+    """Lines read without a mistake, one row a setting, one dot a set of lines."""
+    figure, ax = new()
+    names = list(rows)[::-1]
+    for row, name in enumerate(names):
+        color = FLOAT if name == "float" else WARN if name == "onnxruntime" else INT16 if "a16" in name else INT8
+        ax.barh(row, np.mean(rows[name]), color=color, alpha=0.6)
+        ax.plot(rows[name], [row] * len(rows[name]), "o", color="black", ms=4)
+        ax.text(max(rows[name]) + 1.5, row, f"{np.mean(rows[name]):.1f}", va="center")
+    ax.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+    ax.set(title=title, xlim=(0, 105), xlabel="lines read without a mistake (%), three sets of 600", ylabel="setting")
+    return figure
+
+
+def samples_chart(sizes: np.ndarray, curves: np.ndarray, title: str) -> Figure:
+    """Unseen range and SQNR against the number of samples; `curves` of shape (sizes, draws, 3 or more)."""
+    figure, (left, right) = new(1, 2, size=(10, 4.5))
+    marks = ((left, 0, WARN, "range not yet seen (%)"), (right, 1, INT8, "SQNR of the logits (dB)"))
+    for ax, column, color, label in marks:
+        mean, spread = curves[:, :, column].mean(axis=1), curves[:, :, column].std(axis=1)
+        ax.fill_between(sizes, mean - 2 * spread, mean + 2 * spread, color=color, alpha=0.2, lw=0)
+        ax.plot(sizes, mean, color=color, marker="o", ms=4)
+        ax.axvspan(100, 1000, color=FLOAT, alpha=0.12, lw=0)
+        ax.set(xscale="log", xlabel="calibration samples", ylabel=label)
+    left.text(316, left.get_ylim()[1] * 0.9, "the article", ha="center", color=FLOAT)
+    figure.suptitle(title, weight="bold", x=0.01, ha="left")
+    return figure
+
+
+def bars_chart(values: Mapping[str, float], title: str, label: str, kind: str) -> Figure:
+    """One bar a name, the number at its end."""
+    figure, ax = new()
+    names = list(values)[::-1]
+    ax.barh(range(len(names)), [values[name] for name in names], color=INT8)
+    for row, name in enumerate(names):
+        ax.text(values[name] + 0.8, row, f"{values[name]:.0f}", va="center")
+    ax.set_yticks(range(len(names)), names)
+    ax.set(title=title, xlabel=label, ylabel=kind, xlim=(0, 1.08 * max(values.values()) + 1))
+    return figure
+
+
+def damage(figure: Figure, factors: np.ndarray, sqnr: np.ndarray, factor: float, method: str) -> None:
+    """SQNR of a network against how strong its calibration samples were, with one strength marked."""
+    ax = figure.subplots()
+    ax.plot(factors, sqnr, color=INT8)
+    here = float(np.interp(np.log(factor), np.log(factors), sqnr))
+    ax.plot(factor, here, "o", color="black", ms=9)
+    ax.axvline(1, color=FLOAT, ls="--", lw=1)
+    ax.set(xscale="log", xlabel="strength of the calibration samples (1: as in use)", ylabel="SQNR of the logits (dB)")
+    ax.set_title(
+        f"{method}, samples {factor:.2f} times as strong: {here:.1f} dB, {sqnr.max() - here:.1f} from the best"
+    )
+
+
+# -- overrides and fusion ---------------------------------------------------------------------------------------------
+
+
+def overrides_chart(bought: Mapping[str, tuple[float, float]], plain: float, title: str) -> Figure:
+    """SQNR against the share of tensors that were given 16 bits; one dot a group of tensors."""
+    figure, ax = new()
+    ax.axhline(plain, color=FLOAT, ls="--", lw=1)
+    ax.text(100, plain, "all at 8 bits", color=FLOAT, va="bottom", ha="right")
+    for name, (share, sqnr) in bought.items():
+        ax.plot(share, sqnr, "o", color=INT16, ms=8)
+        ax.annotate(name, (share, sqnr), (6, 4), textcoords="offset points", ha="right" if share > 80 else "left")
+    ax.set(title=title, xlabel="activations at 16 bits (%)", ylabel="SQNR of the logits (dB)", xlim=(-3, 103))
+    return figure
+
+
+def between(figure: Figure, apart: Mapping[int, float], fused: float, bits: int) -> None:
+    """SQNR against the width of the tensor between two operators that might be fused; one width marked."""
+    ax = figure.subplots()
+    ax.plot(list(apart), list(apart.values()), color=INT8, marker="o", ms=4)
+    ax.plot(bits, apart[bits], "o", color="black", ms=10)
+    ax.axhline(fused, color=HTP, ls="--")
+    ax.text(4, fused, "fused: never rounded", color=HTP, va="bottom")
+    ax.set_title(f"{bits} bits between convolution and clip: {apart[bits]:.1f} dB, fused {fused:.1f}")
+    ax.set(xlabel="bits of the tensor between", ylabel="SQNR of the logits (dB)")

@@ -120,8 +120,17 @@ class Chapter:
         )
         return {key: entry["value"] for key, entry in kept.items()}
 
-    def measured(self, name: str, measure: Callable[[], Mapping[str, float]], *, again: bool = False) -> dict[str, Any]:
-        """Timings of one computer: read from ``data/results/measured``, or taken and written there if `again`.
+    def measured(
+        self,
+        name: str,
+        measure: Callable[[], Mapping[str, float]],
+        *,
+        again: bool = False,
+        source: Source = "measured here",
+    ) -> dict[str, Any]:
+        """Timings of one computer, or what takes too long to do each time: read from ``data/results/measured``.
+
+        If `again`, taken anew and written there.
 
         Returns
         -------
@@ -137,7 +146,7 @@ class Chapter:
             if taken is None:
                 raise FileNotFoundError(f"{path} is not there: run the chapter once with -p MEASURE=1")
         for key, value in taken["values"].items():
-            self.results[key] = {"value": value, "source": "measured here"}
+            self.results[key] = {"value": value, "source": source}
             if self._check and self.results[key] != self._committed["results"].get(key):
                 raise AssertionError(
                     f"{path} has {key} = {value}, the committed results another: run the chapter again"

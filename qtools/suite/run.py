@@ -7,7 +7,6 @@ notebook leaves its figures and results too. A chapter that succeeded is tidied 
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from pathlib import Path
 import psutil
 from tqdm import tqdm
 
+from qtools._signals import collected
 from qtools.suite.notebook import Failure, cells_done, code_cells, failure, parameters_of, tidy
 from qtools.zoo.fetch import fetch_required
 
@@ -105,7 +105,7 @@ def run(
     if output and target == root:
         raise UsageError(f"--output {output} is the repository itself: leave --output out to renew its files")
     fetch_required()
-    with _staging(root) as staging, _signals() as caught:
+    with _staging(root) as staging, collected() as caught:  # a chapter's files are never moved by half
         tasks = [_task(source, staging, params, known[source]) for source in sources]
         measuring = params.get("MEASURE", "0").lower() not in ("0", "false")
         _run_all(tasks, 1 if measuring else jobs, partial(_finish, root=root, target=target), caught)
@@ -162,19 +162,6 @@ def _staging(root: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect signals rather than raise: moving a chapter's files is never cut in two."""
-    caught: list[int] = []
-    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {name: signal.signal(getattr(signal, name), lambda number, _: caught.append(number)) for name in names}
-    try:
-        yield caught
-    finally:
-        for name, handler in before.items():
-            signal.signal(getattr(signal, name), handler)
 
 
 def _run_all(tasks: list[Task], jobs: int, finish: "partial[None]", caught: list[int]) -> None:

@@ -9,11 +9,9 @@ import hashlib
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -25,6 +23,8 @@ from pathlib import Path
 import platformdirs
 import psutil
 from tqdm import tqdm
+
+from qtools._signals import collected
 
 _POLL_SECONDS = 0.1
 # Only wheels: nothing is built. They run nowhere, so any Python may take them.
@@ -141,9 +141,11 @@ def fetch(name: str) -> Path:
     with _plainly(package):
         folder = _folder(package)
         if _damage(package, folder):
-            with _signals() as caught, _staging(package) as stage:
+            with collected() as caught, _staging(package) as stage:
                 _extract(package, _download(package, stage, caught), stage / "files")
                 _publish(package, stage / "files", folder)
+            if caught:
+                raise KeyboardInterrupt
     return folder
 
 
@@ -241,24 +243,6 @@ def _full(package: Package) -> FetchError:
     room = package.bytes + max(package.bytes, sum(file.bytes for file in package.files))
     mend = f"fetching {package} takes {_mb(room)} MB; free some, or set QTOOLS_CACHE to a folder with more"
     return FetchError(f"the disk of the cache {cache_folder()} is full: {mend}")
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect signals rather than raise anywhere, so that no tidying up is cut short; raise at the end."""
-    caught: list[int] = []
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    if threading.current_thread() is not threading.main_thread():
-        numbers = []  # only the main thread may, and only it is interrupted
-    numbers = [number for number in numbers if signal.getsignal(number) not in (signal.SIG_IGN, None)]  # as under nohup
-    before = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in numbers}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if caught:
-        raise KeyboardInterrupt
 
 
 @contextmanager

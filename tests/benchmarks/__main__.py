@@ -1,7 +1,8 @@
-"""The quantizers beside their peers, in one run, on one large matrix: ``make bench``.
+"""The quantizers beside their peers, in one run, on one large matrix, then calibration: ``make bench``.
 
 Every candidate of an operation takes its turn in every round, so that all see the same machine; what counts is the
-ratio to a plain copy of the same float32 bytes.  ``--check`` makes the exit status say whether the aims are met.
+ratio to a plain copy of the same float32 bytes.  ``--check`` makes the exit status say whether the aims are met;
+``python -m tests.benchmarks calibration`` runs that part alone.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import numpy as np
 
 from qtools import affine
 from qtools.affine import Grid
-from tests.benchmarks import peers
+from tests.benchmarks import calibration, peers
 
 SHAPE = (4096, 11008)  # a down projection of Llama 2 7B
 CASES = {
@@ -106,24 +107,33 @@ def cold_seconds() -> dict[str, float]:
         return {name: float(run().stdout) for name in ("compiling", "from the cache")}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--check", action="store_true", help="exit 1 if an aim is missed")
-    options = parser.parse_args()
+def quantizers(rounds: int) -> list[str]:
+    """Print all tables of the quantizers; return the aims missed."""
     x, target = room(np.float32), room(np.float32)
     np.random.default_rng(0).standard_normal(SHAPE, dtype=np.float32, out=x)
     missed = []
     for case in CASES:
         for operation, functions in candidates(case, x).items():
             functions = {"copy": partial(peers.copy, target, x)} | functions
-            to_copy, to_peer = report(case, operation, time_rounds(functions, options.rounds))
+            to_copy, to_peer = report(case, operation, time_rounds(functions, rounds))
             memory = extra_memory(functions[NEW], x.nbytes)
             print(f"  ours: {to_peer:.2f} x the fastest peer, {100 * memory:.1f} % of the input as extra memory")
             aims = {"1.5 x copy": to_copy <= 1.5 or operation != "choose and quantize", "the fastest": to_peer <= 1}
             aims["5 % extra memory"] = memory < 0.05
             missed += [f"{case}, {operation}: not {aim}" for aim, met in aims.items() if not met]
     print("\nfirst call: " + ", ".join(f"{seconds:.1f} s {name}" for name, seconds in cold_seconds().items()))
+    return missed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
+    parser.add_argument("part", nargs="?", choices=("quantizers", "calibration"), help="by default both")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--lines", type=int, default=100, help="to calibrate with; the aim is for 200")
+    parser.add_argument("--check", action="store_true", help="exit 1 if an aim is missed")
+    options = parser.parse_args()
+    missed = quantizers(options.rounds) if options.part != "calibration" else []
+    missed += calibration.bench(options.lines) if options.part != "quantizers" else []
     print("\n".join(["aims missed:", *missed] if missed else ["every aim met"]))
     return int(bool(missed) and options.check)
 
