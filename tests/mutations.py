@@ -59,10 +59,19 @@ FAULTS = [
      "self.values.reshape(self"),
     ("CTC: repeats kept", "qtools/zoo/text_lines.py", "new & (best != 0)", "best != 0"),
     ("fetch: hash not looked at", "qtools/zoo/fetch.py", "digest == expected.sha256", "True"),
+    ("encodings: offset of signed tensors not shifted", "qtools/encodings.py",
+     "return -self.zero_point - ((1 << self.bits - 1) if self.signed else 0)", "return -self.zero_point"),
+    ("fuse: a shift folded through padding", "qtools/ptq/fuse.py",
+     'if after.op_type not in ("Conv", "Gemm") or _pads(after):', 'if after.op_type not in ("Conv", "Gemm"):'),
+    ("write: moved tensors calibrated anew", "qtools/ptq/write.py",
+     "source = node.input[0] if node.op_type in _MOVES else name", "source = name"),
+    ("convert: 4-bit weights asymmetric", "qtools/ptq/convert.py",
+     'symmetric = fine or bits != 8 or options.param_quantizer_schema != "asymmetric"',
+     'symmetric = fine or options.param_quantizer_schema != "asymmetric"'),
     ("table: backend's codes not compared", "qtools/npu/capabilities.py", "given.astype(int) - expected.astype(int)",
      "expected.astype(int) - expected.astype(int)"),
-    ("backend's codes not looked at", "qtools/npu/htp.py", '"session.disable_cpu_ep_fallback", "1"',
-     '"session.disable_cpu_ep_fallback", "0"'),
+    ("backend's codes not looked at", "qtools/npu/htp.py", '{"session.disable_cpu_ep_fallback": "1"',
+     '{"session.disable_cpu_ep_fallback": "0"'),
 ]  # fmt: skip
 TESTS = {AFFINE: ["test_affine.py", "test_granularity.py"], FUSED: ["test_affine.py"], QDQ: ["test_capabilities.py"]}
 

@@ -157,7 +157,9 @@ def test_an_interruption_ends_the_kernels_and_leaves_the_files(number: signal.Si
     )
     before = contents(tmp_path / "repo")
     repo = str(tmp_path / "repo")
-    command = f"import sys, pathlib; from qtools.suite.run import run; sys.exit(run(pathlib.Path({repo!r})))"
+    # Where the tests run in the background, a shell has them ignore Ctrl-C, and their children would too.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = f"{heed}; import sys, pathlib; from qtools.suite.run import run; sys.exit(run(pathlib.Path({repo!r})))"
     runner = subprocess.Popen(
         [sys.executable, "-c", command], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )

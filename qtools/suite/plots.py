@@ -332,9 +332,11 @@ def overrides_chart(bought: Mapping[str, tuple[float, float]], plain: float, tit
     figure, ax = new()
     ax.axhline(plain, color=FLOAT, ls="--", lw=1)
     ax.text(100, plain, "all at 8 bits", color=FLOAT, va="bottom", ha="right")
-    for name, (share, sqnr) in bought.items():
+    for index, (name, (share, sqnr)) in enumerate(sorted(bought.items(), key=lambda item: item[1])):
         ax.plot(share, sqnr, "o", color=INT16, ms=8)
-        ax.annotate(name, (share, sqnr), (6, 4), textcoords="offset points", ha="right" if share > 80 else "left")
+        # Dots of one height stand close together: their names go up and down in turn.
+        place = {"xytext": (4, (9, -16, 22, -29)[index % 4]), "textcoords": "offset points"}
+        ax.annotate(name, (share, sqnr), **place, ha="right" if share > 80 else "left")
     ax.set(title=title, xlabel="activations at 16 bits (%)", ylabel="SQNR of the logits (dB)", xlim=(-3, 103))
     return figure
 
