@@ -299,15 +299,17 @@ def samples_chart(sizes: np.ndarray, curves: np.ndarray, title: str) -> Figure:
     return figure
 
 
-def bars_chart(values: Mapping[str, float], title: str, label: str, kind: str) -> Figure:
+def bars_chart(values: Mapping[str, float], title: str, label: str, kind: str, fmt: str = ".0f") -> Figure:
     """One bar a name, the number at its end."""
     figure, ax = new()
     names = list(values)[::-1]
     ax.barh(range(len(names)), [values[name] for name in names], color=INT8)
     for row, name in enumerate(names):
-        ax.text(values[name] + 0.8, row, f"{values[name]:.0f}", va="center")
+        ax.text(max(values[name], 0) + 0.01 * max(values.values()), row, format(values[name], fmt), va="center")
     ax.set_yticks(range(len(names)), names)
-    ax.set(title=title, xlabel=label, ylabel=kind, xlim=(0, 1.08 * max(values.values()) + 1))
+    ax.set(
+        title=title, xlabel=label, ylabel=kind, xlim=(min(0, 1.1 * min(values.values())), 1.1 * max(values.values()))
+    )
     return figure
 
 
@@ -325,20 +327,6 @@ def damage(figure: Figure, factors: np.ndarray, sqnr: np.ndarray, factor: float,
 
 
 # -- overrides and fusion ---------------------------------------------------------------------------------------------
-
-
-def overrides_chart(bought: Mapping[str, tuple[float, float]], plain: float, title: str) -> Figure:
-    """SQNR against the share of tensors that were given 16 bits; one dot a group of tensors."""
-    figure, ax = new()
-    ax.axhline(plain, color=FLOAT, ls="--", lw=1)
-    ax.text(100, plain, "all at 8 bits", color=FLOAT, va="bottom", ha="right")
-    for index, (name, (share, sqnr)) in enumerate(sorted(bought.items(), key=lambda item: item[1])):
-        ax.plot(share, sqnr, "o", color=INT16, ms=8)
-        # Dots of one height stand close together: their names go up and down in turn.
-        place = {"xytext": (4, (9, -16, 22, -29)[index % 4]), "textcoords": "offset points"}
-        ax.annotate(name, (share, sqnr), **place, ha="right" if share > 80 else "left")
-    ax.set(title=title, xlabel="activations at 16 bits (%)", ylabel="SQNR of the logits (dB)", xlim=(-3, 103))
-    return figure
 
 
 def between(figure: Figure, apart: Mapping[int, float], fused: float, bits: int) -> None:
