@@ -76,7 +76,7 @@ def calibrate(
     if unknown or not methods:
         raise ValueError(f"methods must be some of {tuple(OBSERVERS)}, got {unknown[0] if unknown else methods!r}")
     threads = _cores() if threads is None else threads
-    network = _Network(model, tensors, threads)
+    network = Network(model, tensors, threads)
     tallies = {name: Tally(methods) for name in network.tensors}
     count = 0
     with ThreadPoolExecutor(threads, "calibrate") as pool:
@@ -210,7 +210,7 @@ def fingerprint(model: onnx.ModelProto) -> str:
 # -- running the network ---------------------------------------------------------------------------------------------
 
 
-class _Network:
+class Network:
     """A float network as an ONNX Runtime session that gives out the wanted tensors."""
 
     def __init__(self, model: onnx.ModelProto, tensors: Sequence[str] | None, threads: int) -> None:

@@ -302,13 +302,13 @@ def fold_scale_shift_back(model: onnx.ModelProto) -> int:
     for node in view.nodes:
         parts = view.arithmetic(node)
         before = view.makers.get(parts[0]) if parts is not None else None
-        if before is None or view.only_reader(parts[0]) is None or not _foldable(view, before):
+        if before is None or view.only_reader(parts[0]) is None or not foldable(view, before):
             continue
-        constant = _per_channel(view, parts[1], before)
+        constant = per_channel(view, parts[1], before)
         if constant is None or (before.op_type == "MatMul" and node.op_type in ("Add", "Sub")):
             continue
         scale, shift = _as_scale_shift(node.op_type, constant)
-        if _rescale(view, before, scale, shift):
+        if rescale(view, before, scale, shift):
             before.output[0] = node.output[0]
             view.makers[node.output[0]] = before
             gone.add(id(node))
@@ -328,16 +328,16 @@ def fold_scale_shift_forward(model: onnx.ModelProto) -> int:
         if parts is None or parts[1].size != 1 or not view.keeps_shape(*parts):
             continue
         after = view.only_reader(node.output[0])
-        if after is None or not _foldable(view, after) or after.input[0] != node.output[0]:
+        if after is None or not foldable(view, after) or after.input[0] != node.output[0]:
             continue
         scale, shift = _as_scale_shift(node.op_type, parts[1].astype(np.float64).ravel())
         if shift is not None:
-            if after.op_type not in ("Conv", "Gemm") or _pads(after):
+            if after.op_type not in ("Conv", "Gemm") or pads(after):
                 continue
             weight = view.value(after.input[1]).astype(np.float64)
             axes = tuple(axis for axis in range(weight.ndim) if axis != channel_axis(after, weight.ndim))
             shift = shift * weight.sum(axis=axes)
-        if _rescale(view, after, scale, shift, bias_too=False):
+        if rescale(view, after, scale, shift, bias_too=False):
             after.input[0] = parts[0]
             view.readers[parts[0]] = [after if reader is node else reader for reader in view.readers[parts[0]]]
             gone.add(id(node))
@@ -345,7 +345,7 @@ def fold_scale_shift_forward(model: onnx.ModelProto) -> int:
     return len(gone)
 
 
-def _foldable(view: View, node: onnx.NodeProto) -> bool:
+def foldable(view: View, node: onnx.NodeProto) -> bool:
     """Whether a node's weights are float32 constants of its own."""
     if node.op_type not in _LINEAR or node.domain not in _OWN_DOMAIN or len(node.input) < 2:
         return False
@@ -358,7 +358,7 @@ def _foldable(view: View, node: onnx.NodeProto) -> bool:
     return own and len(view.constants[node.input[1]].dims) >= 2
 
 
-def _per_channel(view: View, constant: np.ndarray, before: onnx.NodeProto) -> np.ndarray | None:
+def per_channel(view: View, constant: np.ndarray, before: onnx.NodeProto) -> np.ndarray | None:
     """A constant as one number per output channel of `before`; None if it varies along another axis or enlarges."""
     weight = view.constants[before.input[1]].dims
     channels, rank = weight[channel_axis(before, len(weight))], len(weight)
@@ -384,7 +384,7 @@ def _as_scale_shift(op: str, constant: np.ndarray) -> tuple[np.ndarray | None, n
     }[op]()
 
 
-def _rescale(
+def rescale(
     view: View, node: onnx.NodeProto, scale: np.ndarray | None, shift: np.ndarray | None, *, bias_too: bool = True
 ) -> bool:
     """Scale the weights (and the bias) of a node, then shift its bias; False, and nothing done, if float32 is left."""
@@ -402,9 +402,9 @@ def _rescale(
         bias is not None and np.abs(bias).max(initial=0) > _LARGE
     ):
         return False
-    _replace(view, node.input[1], weight)
+    put(view, node.input[1], weight)
     if has_bias:
-        _replace(view, node.input[2], bias)
+        put(view, node.input[2], bias)
     elif bias is not None:
         del node.input[2:]
         node.input.append(view.fresh(f"{node.input[1]}.bias"))
@@ -420,7 +420,8 @@ def _fits(new: np.ndarray, old: np.ndarray, axis: int) -> bool:
     return bool(np.all((new <= _LARGE) & ((new >= _SMALL) | (new == 0) | (old < _SMALL))))
 
 
-def _replace(view: View, name: str, values: np.ndarray) -> None:
+def put(view: View, name: str, values: np.ndarray) -> None:
+    """Give a constant of float32 other values, in place."""
     from onnx import numpy_helper
 
     view.constants[name].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values, np.float32), name))
@@ -434,7 +435,8 @@ def _add_constant(view: View, name: str, values: np.ndarray) -> None:
     view.constants[name] = initializers[-1]
 
 
-def _pads(node: onnx.NodeProto) -> bool:
+def pads(node: onnx.NodeProto) -> bool:
+    """Whether a convolution or pool adds borders to what it reads."""
     if attribute(node, "auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
         return True
     return any(attribute(node, "pads", None) or ())
