@@ -165,9 +165,8 @@ def test_without_a_backend_the_chips_files_are_missing_and_it_says_so(here: Path
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--algorithms", "cle"], "--algorithms cle is not offered yet: leave it out"),
-        (["--algorithms", "adaround"], "--algorithms adaround is not offered yet: leave it out"),
-        (["--algorithms", "magic"], "--algorithms magic: there is no such algorithm; there are cle, adaround"),
+        (["--algorithms", "magic"], "algorithms are cle, hba, bc, seqmse, adaround, gptq; there is no 'magic'"),
+        (["--algorithms", "adaround", "gptq"], "adaround and gptq both round the weights: choose one"),
         (["--soc", "sm1"], "--soc must be one of sm8350, "),
         (["--input_dim", "other", "1,1,8,x"], "--input_dim other 1,1,8,x: expected whole numbers with commas"),
         (["--input_dim", "input", "1,1,8,8"], "--input_dim input is given twice"),
@@ -373,6 +372,7 @@ def test_a_chip_that_is_none_is_told_the_others() -> None:
 def test_options_are_checked_and_complete() -> None:
     given = {"act_bw": 7, "weight_bw": 2, "act_quantizer_calibration": "max", "param_quantizer_calibration": ""}
     given |= {"act_quantizer_schema": "sym", "param_quantizer_schema": None, "percentile_calibration_value": 101}
+    given |= {"algorithms": ("magic",)}
     for name, wrong in given.items():
         with pytest.raises(ValueError, match=name):
             Options(**{name: wrong})

@@ -1,4 +1,4 @@
-"""``qtools convert`` and ``qtools verify``: their arguments, and what they print."""
+"""``qtools convert``, ``verify`` and ``agreement``: their arguments, and what they print."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from qtools.ptq.convert import Converted
     from qtools.ptq.verify import Verification
 
-_ALGORITHMS = ("cle", "adaround")
 _CALIBRATIONS = ("min-max", "sqnr", "entropy", "mse", "percentile")
 _SCHEMAS = ("asymmetric", "symmetric", "unsignedsymmetric")
 _UNTOUCHED = "what was there before stays as it was"
@@ -41,7 +41,8 @@ def add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     add("--act_bw", "--act_bitwidth", type=int, default=8, choices=(8, 16), help="bits of activations (8)")
     add("--weight_bw", "--weights_bitwidth", type=int, default=8, choices=(4, 8, 16), help="bits of weights (8)")
     add("--bias_bw", "--bias_bitwidth", type=int, default=8, choices=(8, 32), help="accepted; biases are int32")
-    add("--algorithms", nargs="+", default=[], metavar="NAME", help=f"{', '.join(_ALGORITHMS)}: not yet")
+    about = "cle (equalize), hba (absorb high biases), bc (correct biases), seqmse (scales), adaround, gptq (rounding)"
+    add("--algorithms", nargs="+", default=[], metavar="NAME", help=about)
     add("--use_per_channel_quantization", action="store_true", help="a scale per channel: convolutions")
     add("--use_per_row_quantization", action="store_true", help="a scale per row: MatMul and Gemm")
     add("--act_quantizer_calibration", default="min-max", choices=_CALIBRATIONS)
@@ -68,6 +69,33 @@ def add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--samples", type=int, default=2, metavar="N", help="of the list, from its beginning (2)")
     parser.add_argument("--float_network", type=Path, metavar="FILE", help="by default the one MODEL was made of")
     parser.set_defaults(command=_verify)
+
+
+def add_agreement(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Simulation, integers, kernels and backend, operator by operator."""
+    about = "compare simulation, integer arithmetic, ONNX Runtime's kernels and the HTP backend, code by code"
+    parser = commands.add_parser("agreement", help=about)
+    parser.add_argument("--recorded", action="store_true", help="show the committed table, run nothing")
+    parser.add_argument("--write", action="store_true", help="renew the committed table (some minutes)")
+    parser.set_defaults(command=_agreement)
+
+
+def _agreement(args: argparse.Namespace) -> int:
+    from qtools.npu import htp
+    from qtools.ptq import agreement
+
+    if args.write and args.recorded:
+        print("qtools agreement: --write runs all anew, so it does not go with --recorded", file=sys.stderr)
+        return 2
+    try:
+        content = agreement.recorded() if args.recorded else agreement.table(progress=True)
+    except htp.HTPUnavailable as error:
+        print(f"qtools agreement: {error}; --recorded shows what it said when last asked", file=sys.stderr)
+        return 1
+    if args.write:
+        agreement.write(content)
+    print(f"HTP backend (emulated), {content['with']}\n\n{agreement.show(content)}")
+    return 0
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -99,15 +127,15 @@ def _arguments(args: argparse.Namespace) -> dict[str, Any]:
     """What `convert.convert` is told besides its files."""
     from qtools.ptq import convert
 
-    _refuse_algorithms(args.algorithms)
     if args.input_list is None:
         raise ValueError("--input_list is missing: without samples there is nothing to take ranges from")
     _check_soc(args.soc)
+    fields = {name: getattr(args, name) for name in convert.Options.__dataclass_fields__}
     names = [name for name, _ in args.input_dim]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"--input_dim {twice[0]} is given twice")
     return {
-        "options": convert.Options(**{name: getattr(args, name) for name in convert.Options.__dataclass_fields__}),
+        "options": convert.Options(**fields | {"algorithms": tuple(args.algorithms)}),
         "input_shapes": {name: _dims(name, text) for name, text in args.input_dim},
         "overrides": None if args.ignore_encodings else args.quantization_overrides,
         "soc": args.soc.lower() if args.soc else None,
@@ -139,13 +167,6 @@ def _remarks(args: argparse.Namespace, done: Converted) -> list[str]:
         left = f"{args.quantization_overrides} was not read" if args.quantization_overrides else "there are none"
         notes.append(f"--ignore_encodings: {left}")
     return notes
-
-
-def _refuse_algorithms(names: list[str]) -> None:
-    for name in names:
-        if name not in _ALGORITHMS:
-            raise ValueError(f"--algorithms {name}: there is no such algorithm; there are {', '.join(_ALGORITHMS)}")
-        raise ValueError(f"--algorithms {name} is not offered yet: leave it out")
 
 
 def _dims(name: str, text: str) -> list[int]:
@@ -251,13 +272,27 @@ def report(found: Verification, arch: str, random: bool) -> str:
         lines.append(f"HTP backend: {found.reason}; nothing below is verified on it")
     if all(output["simulated_db"] is None for output in found.outputs):
         lines.append("no float network to compare with: --float_network names one")
+    if found.integer_reason:
+        lines.append(f"not computed in integers: {found.integer_reason}")
     for output in found.outputs:
         cells = [
             _cell("simulated", output["simulated_db"], output["simulated_agreement"]),
+            _cell("in integers", output["integer_db"], output["integer_agreement"]),
             _cell(f"HTP {arch} (emulated)", output["htp_db"], output["htp_agreement"]),
+            _cell(
+                "integers against simulated",
+                output["integer_to_simulated_db"],
+                output["integer_to_simulated_agreement"],
+            ),
             _cell("HTP against simulated", output["htp_to_simulated_db"], output["htp_to_simulated_agreement"]),
         ]
         lines += [f"output {output['name']}", *(f"  {cell}" for cell in cells if cell)]
+    if found.integers:
+        off = max(found.integers, key=lambda layer: layer.worst)
+        lines.append(
+            f"integers and simulation: {mean(layer.equal_percent for layer in found.integers):.2f} % of the codes "
+            f"equal, at most {off.worst} apart ({off.name})"
+        )
     if found.layers:
         first = found.parts_at
         lines.append(

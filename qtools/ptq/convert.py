@@ -20,11 +20,11 @@ import numpy as np
 
 from qtools import _signals, observers
 from qtools import encodings as files
-from qtools.affine import LPBQ, Grid, QParams, choose_qparams
+from qtools.affine import LPBQ, Grid, QParams, choose_qparams, fake_quantize
 from qtools.encodings import Encoding, Encodings, Overrides, Rule
 from qtools.metrics import sqnr_db
 from qtools.npu import capabilities, htp
-from qtools.ptq import fuse, graph
+from qtools.ptq import equalize, fuse, graph, rounding
 from qtools.ptq.calibrate import Calibration, calibrate
 from qtools.ptq.inputs import read_input_list
 from qtools.ptq.write import Tensors, fit_biases, quantized_tensors, write_qdq
@@ -41,6 +41,17 @@ _OBSERVERS = {
     "mse": observers.MSEObserver,
     "percentile": observers.PercentileObserver,
 }
+ALGORITHMS = {
+    "cle": "cross-layer equalization",
+    "hba": "high-bias absorption",
+    "bc": "bias correction",
+    "seqmse": "scales of weights chosen by what their layers compute, and biases fitted",
+    "adaround": "weights rounded by AdaRound, and biases fitted",
+    "gptq": "weights rounded by GPTQ with coordinate descent, and biases fitted",
+}
+"""What repairs a network on the way; see `equalize` and `rounding`."""
+_SOLVERS = {"adaround": rounding.AdaRound(), "gptq": rounding.Descent()}
+_ROUNDING = {*_SOLVERS, "seqmse"}
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
 _COMPARED = 4  # samples on which the layers of the float and the quantized network are compared
 _ENDINGS = (".cpp", ".onnx", ".dlc", ".encodings")
@@ -68,11 +79,13 @@ class Options:
         A scale per output channel for convolutions.
     use_per_row_quantization : bool
         The same for MatMul and Gemm.
+    algorithms : tuple of str
+        Of `ALGORITHMS`, in whatever order: equalization comes first, rounding last.
 
     Raises
     ------
     ValueError
-        If a width, a calibration, a schema or the percentile is another one.
+        If a width, a calibration, a schema, the percentile or an algorithm is another one.
     """
 
     act_bw: int = 8
@@ -84,10 +97,16 @@ class Options:
     percentile_calibration_value: float = 99.99
     use_per_channel_quantization: bool = False
     use_per_row_quantization: bool = False
+    algorithms: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.act_bw not in (8, 16) or self.weight_bw not in (4, 8, 16):
             raise ValueError(f"act_bw is 8 or 16 and weight_bw 4, 8 or 16, got {self.act_bw} and {self.weight_bw}")
+        for name in self.algorithms:
+            if name not in ALGORITHMS:
+                raise ValueError(f"algorithms are {', '.join(ALGORITHMS)}; there is no {name!r}")
+        if set(_SOLVERS) <= set(self.algorithms):
+            raise ValueError(f"{' and '.join(_SOLVERS)} both round the weights: choose one")
         for side in ("act", "param"):
             for what, allowed in (("calibration", get_args(Method)), ("schema", get_args(Schema))):
                 given = getattr(self, name := f"{side}_quantizer_{what}")
@@ -154,6 +173,7 @@ def convert(
         If the backend does not take the quantized network.
     KeyboardInterrupt
         By Ctrl-C, SIGTERM and SIGHUP alike; what was there before stays as it was, unless the message says otherwise.
+        Of a long rounding, what was done stays in ``.STEM.rounding``, and the same call goes on from there.
     """
     if soc is not None and (soc := soc.lower()) not in htp.SOCS:
         raise ValueError(f"soc must be one of {', '.join(htp.SOCS)}, got {soc!r}")
@@ -161,11 +181,14 @@ def convert(
     with _signals.collected() as caught, _scratch(stem) as scratch:
         _load_modules()
         with caught.at_once():
-            converted = _converted(input_network, input_list, options, input_shapes or {}, overrides, soc, progress)
+            kept = stem.with_name(f".{stem.name}.rounding")
+            shapes = input_shapes or {}
+            converted = _converted(input_network, input_list, options, shapes, overrides, soc, kept, progress)
             with _refused_by_disk(stem.parent):
                 _write(converted, scratch / stem.name, soc, version)
         with _refused_by_disk(stem.parent):
             converted.files = _move(scratch, stem.parent)
+            kept.unlink(missing_ok=True)
     if caught:
         raise KeyboardInterrupt("the new files are all there, and whole")
     converted.notes += _left(stem, converted.files)
@@ -179,12 +202,13 @@ def _converted(
     input_shapes: Mapping[str, Sequence[int]],
     overrides: Path | str | None,
     soc: str | None,
+    state: Path,
     progress: bool,
 ) -> Converted:
     rules = files.read_overrides(overrides) if overrides else None
     network = prepared(source, input_shapes)
     samples = read_input_list(input_list, network)
-    converted = quantize_network(network, samples, options, rules, progress=progress)
+    converted = quantize_network(network, samples, options, rules, state=state, progress=progress)
     converted.network.metadata_props.add(key=SOURCE, value=os.path.abspath(source))
     converted.notes += legality(converted, [htp.SOCS[soc][0]] if soc else list(htp.SOC_OF_ARCH))
     converted.sqnr = layer_sqnr(converted, [sample for sample, _ in zip(samples, range(_COMPARED))])
@@ -356,6 +380,7 @@ def quantize_network(
     overrides: Overrides | Encodings | Iterable[Rule] | None = None,
     *,
     calibration: Calibration | None = None,
+    state: Path | None = None,
     progress: bool = False,
 ) -> Converted:
     """Calibrate and quantize a prepared and fused network.
@@ -365,32 +390,108 @@ def quantize_network(
     network : ModelProto
         As `graph.prepare` and `fuse.fuse` leave it.
     samples : iterable
-        As `calibrate` takes them; not read where `calibration` is given.
+        As `calibrate` takes them; not read where `calibration` is given, unless an algorithm wants them.
     options : Options
     overrides : Overrides, Encodings or Rules, optional
         Types or whole encodings for single tensors; they win over `options`.
     calibration : Calibration, optional
         An earlier one of the same network, with the method that `options` ask for.
+    state : path, optional
+        See `rounding.round_network`.
+    progress : bool
+        Show bars on stderr.
 
     Raises
     ------
     ValueError
         If an override does not fit its tensor, or the samples do not fit the network.
     """
-    tensors = quantized_tensors(network)
-    chosen, notes = _chosen(overrides, tensors)
+    tensors, notes = quantized_tensors(network), []
+    if options.algorithms:
+        samples = list(samples)
+        if not samples:
+            raise ValueError(f"the algorithms {', '.join(options.algorithms)} need samples")
+    if (changed := _equalized(network, samples, options.algorithms, notes)) is not network:
+        if calibration is not None:
+            raise ValueError("cle and hba change the ranges: give samples, not an earlier calibration")
+        network, tensors = changed, quantized_tensors(changed)
+    chosen, more = _chosen(overrides, tensors)
+    notes += more
     if calibration is None:
         methods = {"min_max", options.act_quantizer_calibration.replace("-", "_")}
         roots = list(dict.fromkeys(tensors.activations.values()))
-        more = {"percentile": options.percentile_calibration_value}
-        calibration = calibrate(network, samples, roots, methods=sorted(methods), progress=progress, **more)
+        settings = {"percentile": options.percentile_calibration_value}
+        calibration = calibrate(network, samples, roots, methods=sorted(methods), progress=progress, **settings)
     activations = _activations(calibration, tensors, options, chosen["activation"])
     params = _params(network, tensors, options, chosen["param"], notes)
     params = fit_biases(network, activations, params, tensors)  # the encodings are to be those that are written
+    written = network
+    if asked := _ROUNDING & set(options.algorithms):
+        solver = next((_SOLVERS[name] for name in asked if name in _SOLVERS), rounding.Nearest())
+        rounded = rounding.round_network(
+            network,
+            activations,
+            params,
+            samples,
+            solver,
+            tensors=tensors,
+            clips=rounding.CLIPS if "seqmse" in asked else (),
+            state=state,
+            progress=progress,
+        )
+        written, params = graph.replace_weights(network, rounded.values), rounded.params
+    if "bc" in options.algorithms and written is network:
+        written = _corrected(network, params, tensors, samples, notes, progress)
+        params = fit_biases(written, activations, params, tensors)
+    elif "bc" in options.algorithms:
+        notes.append("bc changed nothing: where weights are rounded anew, biases are fitted too")
     notes += _idle(options, tensors, chosen)
     found = Encodings(_encodings(activations), _encodings(params))
     notes += files.suspicious(found)
-    return Converted(network, write_qdq(network, activations, params, tensors), found, tensors, notes)
+    return Converted(network, write_qdq(written, activations, params, tensors), found, tensors, notes)
+
+
+def _equalized(
+    network: onnx.ModelProto, samples: Iterable[Any], algorithms: Sequence[str], notes: list[str]
+) -> onnx.ModelProto:
+    """The network with its channels brought to like ranges, as far as the function stays what it is."""
+    if "cle" in algorithms:
+        equalized = equalize.equalize(network, relu6="unreached", samples=samples)
+        notes.append(f"cle: {len(equalized.pairs)} pairs of layers equalized")
+        notes += _counted("cle", equalized.skipped)
+        network = equalized.network
+    if "hba" in algorithms:
+        absorbed = equalize.absorb_high_biases(network, samples)
+        moved = sum(bool(np.any(shift < 0)) for shift in absorbed.shifts.values())
+        notes.append(f"hba: {moved} layers gave part of their bias to the next")
+        network = absorbed.network
+    return network
+
+
+def _corrected(
+    network: onnx.ModelProto,
+    params: Mapping[str, QParams | LPBQ],
+    tensors: Tensors,
+    samples: Iterable[Any],
+    notes: list[str],
+    progress: bool,
+) -> onnx.ModelProto:
+    view = fuse.View(network)
+    codes = {name: params[name] for name in tensors.weights if name in params}
+    rounded = {
+        name: fake_quantize(view.value(name), one.qparams if isinstance(one, LPBQ) else one)
+        for name, one in codes.items()
+    }
+    corrected = equalize.correct_biases(network, rounded, samples, progress=progress)
+    notes += _counted("bc", corrected.skipped)
+    return corrected.network
+
+
+def _counted(algorithm: str, skipped: Mapping[str, str]) -> list[str]:
+    """One line for all layers that an algorithm left as they are."""
+    reasons = list(skipped.values())
+    more = f"; and {len(reasons) - 1} more" if len(reasons) > 1 else ""
+    return [f"{algorithm} left alone {reasons[0]}{more}"] if reasons else []
 
 
 def _encodings(chosen: Mapping[str, QParams | LPBQ]) -> dict[str, Encoding]:
@@ -633,7 +734,16 @@ def _computed(network: onnx.ModelProto) -> set[str]:
 
 
 class Runner:
-    """A network in ONNX Runtime, its optimizations off, with some inner tensors made outputs; call it with a sample.
+    """A network in ONNX Runtime with some inner tensors made outputs; call it with a sample.
+
+    Parameters
+    ----------
+    network : ModelProto
+    names : sequence of str
+        The tensors that a call returns.
+    optimized : bool
+        Let ONNX Runtime rewrite the network and take its integer kernels; without, a QDQ network is computed as it is
+        written, in floats between its codes.
 
     Raises
     ------
@@ -641,7 +751,7 @@ class Runner:
         In one sentence, if ONNX Runtime does not take the network, or, when called, the sample.
     """
 
-    def __init__(self, network: onnx.ModelProto, names: Sequence[str]) -> None:
+    def __init__(self, network: onnx.ModelProto, names: Sequence[str], optimized: bool = False) -> None:
         import onnxruntime as ort
         from onnx import helper
 
@@ -649,7 +759,8 @@ class Runner:
         there = {output.name for output in network.graph.output}
         network.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names if name not in there)
         options = ort.SessionOptions()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if not optimized:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 4
         content, providers = network.SerializeToString(), ["CPUExecutionProvider"]
         self._session = _in_a_sentence(ort.InferenceSession, content, options, providers=providers)

@@ -1,4 +1,4 @@
-"""A quantized network three times over: in floats, simulated, and on the HTP backend; where they part, and how far."""
+"""A quantized network four times over: in floats, simulated, in integers, on the HTP backend; where they part."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from qtools.metrics import sqnr_db
 from qtools.npu import capabilities, htp
+from qtools.npu.integer import IntegerNetwork
 from qtools.ptq import graph
 from qtools.ptq.convert import Runner, in_words, kinds
 
@@ -23,7 +24,7 @@ _NAMED = 4  # nodes, before the rest is only counted
 
 @dataclass
 class Layer:
-    """One tensor's codes, simulated and on the backend.
+    """One tensor's codes, simulated and in integers or on the backend.
 
     Parameters
     ----------
@@ -46,22 +47,29 @@ class Verification:
     Parameters
     ----------
     outputs : list of dict
-        For each output: name, SQNR against float of the simulation and the backend, SQNR of the backend against the
-        simulation (dB), and how often the largest entry is the same one (percent); None where there is no backend.
+        For each output: name, SQNR against float of the simulation, the integers and the backend, SQNR of the latter
+        two against the simulation (dB), and how often the largest entry is the same one (percent); None for a side
+        that does not run.
+    integers : list of Layer
+        Every tensor in the order of the network, computed in integers, if they suffice for it.
     layers : list of Layer
-        Every tensor in the order of the network, if the backend took it.
+        The same on the backend, if it took the network.
     refused : dict of str to str
         Architecture to the nodes that the backend refuses there, and why.
     samples : int
     reason : str
         Why there is no backend, if there is none.
+    integer_reason : str
+        Why the network was not computed in integers, if it was not.
     """
 
     outputs: list[dict[str, Any]] = field(default_factory=list)
+    integers: list[Layer] = field(default_factory=list)
     layers: list[Layer] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
     samples: int = 0
     reason: str = ""
+    integer_reason: str = ""
 
     @property
     def parts_at(self) -> Layer | None:
@@ -77,7 +85,7 @@ def verify(
     arch: str = "v75",
     others: Sequence[str] = (),
 ) -> Verification:
-    """Run a quantized network on samples, simulated and on the HTP backend (emulated), beside its float original.
+    """Run a quantized network on samples: simulated, in integers, on the HTP backend (emulated), beside its original.
 
     Parameters
     ----------
@@ -105,14 +113,16 @@ def verify(
         raise ValueError("there is no sample to verify with")
     _same_ends(network, float_network)
     found = Verification(reason="" if htp.status().available else htp.status().reason, samples=len(samples))
-    sides: dict[str, list[list[np.ndarray]]] = {"float": [], "simulated": _on_cpu(network, [*names, *codes], samples)}
+    everything = [*names, *codes]
+    sides: dict[str, list[list[np.ndarray]]] = {"float": [], "simulated": _on_cpu(network, everything, samples)}
     if float_network is not None:
         sides["float"] = _on_cpu(float_network, names, samples)
+    sides["integers"] = _in_integers(network, everything, samples, found)
     try:
         taken = not found.reason and _asked(network, arch, found)
         for other in others if not found.reason else ():
             _asked(network, other, found)
-        sides["HTP"] = _on_htp(network, [*names, *codes], samples, arch) if taken else []
+        sides["HTP"] = on_htp(network, everything, samples, arch) if taken else []
     except htp.HTPUnavailable as unavailable:  # installed, but it does not start
         found.reason, sides["HTP"] = str(unavailable), []
     joined = {
@@ -120,9 +130,13 @@ def verify(
         for side, runs in sides.items()
     }
     found.outputs = [_output(name, index, joined) for index, name in enumerate(names)]
-    if joined["HTP"]:
-        pairs = zip(codes, joined["simulated"][len(names) :], joined["HTP"][len(names) :])
-        found.layers = [_layer(name.removesuffix(".codes"), ours, theirs) for name, ours, theirs in pairs]
+    found.integers, found.layers = (
+        [
+            _layer(name.removesuffix(".codes"), ours, theirs)
+            for name, ours, theirs in zip(codes, joined["simulated"][len(names) :], joined[side][len(names) :])
+        ]
+        for side in ("integers", "HTP")
+    )
     return found
 
 
@@ -143,7 +157,18 @@ def _on_cpu(
     return [run(sample) for sample in samples]
 
 
-def _on_htp(
+def _in_integers(
+    network: onnx.ModelProto, names: Sequence[str], samples: Sequence[Mapping[str, np.ndarray]], found: Verification
+) -> list[list[np.ndarray]]:
+    try:
+        engine = IntegerNetwork(network)
+    except ValueError as refused:
+        found.integer_reason = str(refused)
+        return []
+    return [engine(sample, names=names) for sample in samples]
+
+
+def on_htp(
     network: onnx.ModelProto, wanted: Sequence[str], samples: Sequence[Mapping[str, np.ndarray]], arch: str
 ) -> list[list[np.ndarray]]:
     """Outputs and codes of every sample on the backend, some tensors at a time: it does not give out any number."""
@@ -191,7 +216,8 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _output(name: str, index: int, joined: Mapping[str, list[np.ndarray]]) -> dict[str, Any]:
-    real, ours, theirs = (joined[side][index] if joined[side] else None for side in ("float", "simulated", "HTP"))
+    sides = ("float", "simulated", "integers", "HTP")
+    real, ours, whole, theirs = (joined[side][index] if joined[side] else None for side in sides)
 
     def quality(reference: np.ndarray | None, other: np.ndarray | None) -> float | None:
         return None if reference is None or other is None else sqnr_db(reference, other)
@@ -204,10 +230,14 @@ def _output(name: str, index: int, joined: Mapping[str, list[np.ndarray]]) -> di
     return {
         "name": name,
         "simulated_db": quality(real, ours),
+        "integer_db": quality(real, whole),
         "htp_db": quality(real, theirs),
+        "integer_to_simulated_db": quality(ours, whole),
         "htp_to_simulated_db": quality(ours, theirs),
         "simulated_agreement": agreement(real, ours),
+        "integer_agreement": agreement(real, whole),
         "htp_agreement": agreement(real, theirs),
+        "integer_to_simulated_agreement": agreement(ours, whole),
         "htp_to_simulated_agreement": agreement(ours, theirs),
     }
 
