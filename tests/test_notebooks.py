@@ -66,7 +66,7 @@ def test_solutions_solve_the_exercises_and_nothing_else_does(chapter):
     numbers = re.findall(
         r'exercise\("([\d.]+)", (\w+)\)', "\n".join(source(c) for c in cells if c["cell_type"] == "code")
     )
-    assert len(solutions) == len(numbers) == 3
+    assert len(solutions) == len(numbers) and len(numbers) in (3, 6)
     for solution, (number, name) in zip(solutions, numbers, strict=True):
         scope = {"np": np, "plots": plots, "metrics": metrics} | vars(affine)
         exec(solution, scope)

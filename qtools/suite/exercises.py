@@ -9,6 +9,7 @@ import numpy as np
 
 from qtools.affine import Grid, bits_per_weight, choose_qparams, fake_quantize, qparams_from_range
 from qtools.metrics import sqnr_db
+from qtools.npu.integer import requantize_float
 
 
 def exercise(number: str, answer: Callable[..., Any]) -> str:
@@ -141,6 +142,38 @@ def _bias_codes(answer: Callable[[np.ndarray, float, np.ndarray], Any]) -> bool 
     return given.dtype.kind == "i" and np.array_equal(given, np.rint(bias / (0.05 * scales)))
 
 
+def _requantize(answer: Callable[..., Any]) -> bool | None:
+    """3.4: accumulators to unsigned 8-bit codes by ONNX's rule."""
+    rng = np.random.default_rng(13)
+    acc = np.concatenate([rng.integers(-60_000, 60_000, 2_000), np.arange(-9, 10)])
+    for multiplier, zero_point in ((0.0021, 17), (0.5, 128)):
+        if (given := answer(acc, multiplier, zero_point)) is None:
+            return None
+        if not np.array_equal(given, requantize_float(acc, multiplier, zero_point, 0, 255)):
+            return False
+    return True
+
+
+def _equalizing_factors(answer: Callable[..., Any]) -> bool | None:
+    """3.5: the factors that give the channels between two matrices equal ranges on both sides."""
+    rng = np.random.default_rng(14)
+    first, second = rng.normal(size=(6, 9)) * rng.uniform(0.1, 10, (6, 1)), rng.normal(size=(4, 6))
+    if (factors := answer(first, second)) is None:
+        return None
+    written, read = np.abs(first).max(axis=1) / factors, np.abs(second).max(axis=0) * factors
+    return bool(np.all(np.asarray(factors) > 0) and np.allclose(written, read))
+
+
+def _bias_change(answer: Callable[..., Any]) -> bool | None:
+    """3.6: what a bias must take up of the error that rounded weights make on average."""
+    rng = np.random.default_rng(15)
+    w, x = rng.normal(size=(5, 8)), rng.uniform(0, 6, (400, 8))
+    rounded = np.round(w * 3) / 3
+    if (given := answer(w, rounded, x)) is None:
+        return None
+    return np.allclose(np.mean(x @ rounded.T + given - x @ w.T, axis=0), 0, atol=1e-9)
+
+
 def _real_value(answer: Callable[[int, float, int], Any]) -> bool | None:
     """4.1: codes of version 1.0.0."""
     if answer(3, 0.5, -1) is None:
@@ -168,6 +201,39 @@ def _traffic(answer: Callable[[list[int], set[int]], Any]) -> bool | None:
     return all(answer(sizes, fused) == right for sizes, fused, right in cases)
 
 
+def _intensity_of(answer: Callable[..., Any]) -> bool | None:
+    """7.1: operations a byte of a fully connected layer."""
+    cases = [(1, 4096, 11008, 8), (64, 512, 1000, 8), (128, 4096, 4096, 4)]
+    for rows, depth, channels, bits in cases:
+        if (given := answer(rows, depth, channels, bits)) is None:
+            return None
+        moved = depth * channels * bits / 8 + rows * (depth + channels)
+        if not np.isclose(given, 2 * rows * depth * channels / moved):
+            return False
+    return True
+
+
+def _rows_to_the_ridge(answer: Callable[..., Any]) -> bool | None:
+    """7.2: the fewest rows at which a fully connected layer is bound by compute."""
+    for depth, channels, ridge in [(4096, 4096, 720), (1024, 4096, 100), (2048, 1000, 50)]:
+        if (given := answer(depth, channels, ridge)) is None:
+            return None
+        size, sides = depth * channels, depth + channels
+        if given != next(rows for rows in range(1, 10**5) if 2 * rows * size >= ridge * (size + rows * sides)):
+            return False
+    return True
+
+
+def _tokens_a_second(answer: Callable[..., Any]) -> bool | None:
+    """7.3: the most tokens a second that a bandwidth allows."""
+    for parts, bandwidth in [([(6.607e9, 8)], 50e9), ([(6.476e9, 4), (0.131e9, 8)], 60e9)]:
+        if (given := answer(parts, bandwidth)) is None:
+            return None
+        if not np.isclose(given, bandwidth / sum(count * bits / 8 for count, bits in parts)):
+            return False
+    return True
+
+
 _CHECKS: dict[str, tuple[Callable[..., bool | None], str]] = {
     "1.1": (_grid_of_a_range, "Does your grid hold zero exactly when the range is [1, 2]?"),
     "1.2": (_bits_for, "b bits make 2**b - 1 steps, and n steps give 20 log10(n) dB. Round up."),
@@ -180,5 +246,14 @@ _CHECKS: dict[str, tuple[Callable[..., bool | None], str]] = {
     "3.1": (_min_max_range, "Take the least and the greatest over all batches; then let the range hold zero."),
     "3.2": (_paired, "Take differences line by line first, in points; their standard deviation makes the interval."),
     "3.3": (_bias_codes, "The sum is in units of x_scale * w_scale; the bias must be too, rounded, as int32."),
+    "3.4": (_requantize, "Multiply as float32, round half to even, add the zero point, and only then clip to 0..255."),
+    "3.5": (
+        _equalizing_factors,
+        "Rows of the first are divided, columns of the second multiplied: what makes them equal?",
+    ),
+    "3.6": (_bias_change, "Average the inputs; the errors of the weights times that mean is the shift to take back."),
     "2.3": (_spend, "List every affordable pair, quantize with each, and keep the one with the best SQNR."),
+    "7.1": (_intensity_of, "Weights take bits / 8 bytes each; every row is read once and written once, in bytes."),
+    "7.2": (_rows_to_the_ridge, "Two operations a MAC, weights once, inputs and outputs for every row; then round up."),
+    "7.3": (_tokens_a_second, "Every weight is read once for each token: bytes of all parts together, then divide."),
 }

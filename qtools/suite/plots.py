@@ -326,6 +326,110 @@ def damage(figure: Figure, factors: np.ndarray, sqnr: np.ndarray, factor: float,
     )
 
 
+# -- integers, and repairs --------------------------------------------------------------------------------------------
+
+
+def accumulator_line(figure: Figure, acc: int, multiplier: float, bits: int) -> None:
+    """Where an accumulator lands between codes: times the exact multiplier, and times one of fewer bits."""
+    exact = acc * multiplier
+    mantissa, exponent = np.frexp(multiplier)
+    rounded = acc * float(np.ldexp(np.rint(mantissa * 2**bits), int(exponent) - bits))
+    ax = figure.subplots()
+    codes = np.arange(np.floor(exact) - 1, np.floor(exact) + 3)
+    ax.plot(codes, np.zeros(len(codes)), "o", color=INT8, ms=9)
+    for edge in codes[:-1] + 0.5:
+        ax.axvline(edge, color=FLOAT, ls=":", lw=1)
+    for place, height, color, name in (
+        (exact, 1, "black", "exact multiplier"),
+        (rounded, 0.5, WARN, f"{bits}-bit multiplier"),
+    ):
+        ax.annotate("", (np.rint(place), 0), (place, height), arrowprops={"arrowstyle": "->", "color": color})
+        ax.plot(place, height, "|", color=color, ms=18, mew=2.5)
+        ax.text(codes[0] - 0.45, height, name, color=color, va="center")
+    same = "the same code" if np.rint(exact) == np.rint(rounded) else "another code"
+    ax.set(
+        title=f"{acc} times {multiplier:.3g} is {exact:.2f}; with {bits} bits {rounded:.2f}: {same}",
+        xlabel="codes above the zero point (dotted: where rounding turns)",
+        ylabel="the same product",
+        ylim=(-0.3, 1.4),
+        xlim=(codes[0] - 0.5, codes[-1] + 0.5),
+        yticks=[],
+    )
+
+
+def depth_chart(chains: Mapping[str, Sequence[float]], title: str, names: Sequence[str] = ()) -> Figure:
+    """Share of codes that differ from the simulation, tensor by tensor; lines told apart by style and colour."""
+    figure, ax = new(size=(8, 4.6))
+    styles = zip((HTP, INT8, WARN, FLOAT, INT4, INT16), ("-", "--", "-.", ":", "-", "--"))
+    for (label, values), (color, style) in zip(chains.items(), styles):
+        ax.plot(values, color=color, ls=style, marker="o", ms=3, label=label)
+    ax.set(title=title, ylabel="codes unlike the simulated ones (%)", xlabel="tensor, in the order of the network")
+    if names:
+        ax.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    ax.legend()
+    return figure
+
+
+def ranges_chart(before: np.ndarray, after: np.ndarray, title: str) -> Figure:
+    """Largest weight of each channel of two layers that meet there, before and after equalization; (2, channels)."""
+    figure, axes = new(1, 2, size=(10, 4.4), sharey=True)
+    for ax, ranges, name in zip(axes, (before, after), ("before", "after"), strict=True):
+        order = np.argsort(before[0])
+        for values, color, marker, label in zip(
+            ranges, (INT8, WARN), "o^", ("written by the first", "read by the second")
+        ):
+            ax.plot(values[order], marker, color=color, ms=4, ls="none", label=label)
+        ax.set(title=name, yscale="log", xlabel="channel between the layers, sorted", ylabel="its largest |w|")
+        ax.label_outer()
+    axes[1].set_ylabel("its largest |w|", visible=False)
+    axes[0].legend(loc="upper center")
+    figure.suptitle(title, weight="bold", x=0.01, ha="left")
+    return figure
+
+
+def equalizing(figure: Figure, ranges: np.ndarray, strength: float, found: Mapping[str, float]) -> None:
+    """The ranges of a pair's channels at one strength of equalization, and what the network is worth then."""
+    ax = figure.subplots()
+    order = np.argsort(ranges[0])
+    for values, color, marker, label in zip(ranges, (INT8, WARN), "o^", ("written by the first", "read by the second")):
+        ax.plot(values[order], marker, color=color, ms=5, ls="none", label=label)
+    said = ", ".join(f"{name} {value:.1f} %" for name, value in found.items())
+    ax.set(title=f"equalized to {100 * strength:.0f} %: {said} right", yscale="log", ylim=(0.01, 200))
+    ax.set(xlabel="channel between the layers, sorted", ylabel="its largest |w|")
+    ax.legend(loc="upper center", ncols=2)
+
+
+def flips_chart(places: np.ndarray, shares: Mapping[str, np.ndarray], title: str) -> Figure:
+    """Share of weights rounded up against where they lie between two codes; rounding to nearest is the step."""
+    figure, ax = new()
+    ax.plot([0, 0.5, 0.5, 1], [0, 0, 100, 100], color=FLOAT, ls="--", label="nearest")
+    for (name, values), color, marker in zip(shares.items(), (INT8, WARN), "o^"):
+        ax.plot(places, values, color=color, marker=marker, ms=4, label=name)
+    ax.set(title=title, xlabel="where a weight lies between two codes", ylabel="rounded up (%)")
+    ax.legend()
+    return figure
+
+
+def rungs_chart(values: Mapping[str, Mapping[str, float]], title: str, label: str) -> Figure:
+    """Groups of bars: one group a name, one bar a method, the number on it; nothing below 0 is shown."""
+    figure, ax = new(size=(8, 4.6))
+    methods = list(next(iter(values.values())))
+    colors = (FLOAT, INT8, HTP, INT4, WARN, INT16)
+    width = 0.84 / len(methods)
+    for row, method in enumerate(methods):
+        places = np.arange(len(values)) + (row - (len(methods) - 1) / 2) * width
+        heights = [max(group[method], 0) for group in values.values()]
+        ax.bar(places, heights, 0.92 * width, color=colors[row], label=method)
+        for place, height in zip(places, heights):
+            ax.text(place, height, f"{height:.0f}", ha="center", va="bottom", fontsize=8)
+    ax.set_xticks(range(len(values)), list(values))
+    ax.set(title=title, ylabel=label, xlabel="scheme")
+    ax.axhline(0, color="black", lw=0.8)
+    ax.set_ylim(top=1.22 * max(max(group.values()) for group in values.values()))
+    ax.legend(ncols=len(methods), loc="upper center", columnspacing=1.2, handlelength=1.2)
+    return figure
+
+
 # -- overrides and fusion ---------------------------------------------------------------------------------------------
 
 
@@ -338,3 +442,113 @@ def between(figure: Figure, apart: Mapping[int, float], fused: float, bits: int)
     ax.text(4, fused, "fused: never rounded", color=HTP, va="bottom")
     ax.set_title(f"{bits} bits between convolution and clip: {apart[bits]:.1f} dB, fused {fused:.1f}")
     ax.set(xlabel="bits of the tensor between", ylabel="SQNR of the logits (dB)")
+
+
+# -- the roofline -----------------------------------------------------------------------------------------------------
+
+
+def roof(ax: Axes, peak: float, bandwidth: float, unit: float = 1e12, ends: tuple[float, float] = (0.1, 1e4)) -> None:
+    """The most operations a second (of `unit`) against operations a byte, for `peak` a second and `bandwidth` bytes."""
+    ridge = peak / bandwidth
+    places = np.array([ends[0], ridge, ends[1]])
+    ax.plot(places, np.minimum(peak, places * bandwidth) / unit, color="black", lw=1.4)
+    ax.axvline(ridge, color=FLOAT, ls=":", lw=1)
+    name = {1e12: "TOPS", 1e9: "GOPS"}[unit]
+    ax.set(xscale="log", yscale="log", xlim=ends, xlabel="intensity (operations a byte)", ylabel=f"attainable ({name})")
+
+
+def kinds_chart(
+    kinds: Mapping[str, np.ndarray], printed: Mapping[str, float], peak: float, bandwidth: float, title: str
+) -> Figure:
+    """Layers by kind: on the roof above, and their intensities below, with crosses for what was printed."""
+    figure, (top, strips) = new(2, 1, size=(8, 6), sharex=True, height_ratios=(1.35, 1))
+    roof(top, peak, bandwidth)
+    for row, ((name, found), color) in enumerate(zip(kinds.items(), (INT8, HTP, INT4, INT16), strict=True)):
+        top.plot(found, np.minimum(peak, found * bandwidth) / 1e12, "o", color=color, ms=4, alpha=0.5)
+        strips.plot(found, [row] * len(found), "|", color=color, ms=16, mew=1.2)
+        strips.plot(printed[name], row, "x", color=WARN, ms=9, mew=2.5)
+        top.plot(printed[name], printed[name] * bandwidth / 1e12, "x", color=WARN, ms=9, mew=2.5)
+    top.text(peak / bandwidth * 0.9, peak / 1e12 * 1.25, "ridge", ha="right", color=FLOAT)
+    top.text(3.2, 0.06, "crosses: as the article prints them", color=WARN)
+    strips.axvline(peak / bandwidth, color=FLOAT, ls=":", lw=1)
+    strips.set(xlabel="intensity (operations a byte)", ylabel="kind of layer", ylim=(len(kinds) - 0.4, -0.6))
+    strips.set_yticks(range(len(kinds)), [f"{name} ({len(found)})" for name, found in kinds.items()])
+    top.set(title=title, ylim=(0.003, 2.5 * peak / 1e12))
+    top.label_outer()
+    top.set_xlabel(strips.get_xlabel(), visible=False)
+    return figure
+
+
+def attained_chart(
+    points: Mapping[str, tuple[float, float]], peak: float, bandwidth: float, title: str, unit: float = 1e12,
+    named: Sequence[str] = (), ends: tuple[float, float] = (30, 2e4),
+) -> Figure:  # fmt: skip
+    """Where measured (intensity, operations a second) lie under a roof; some of them by name."""
+    figure, ax = new()
+    roof(ax, peak, bandwidth, unit, ends)
+    for name, (dense, reached) in points.items():
+        above = reached > 1.05 * min(peak, dense * bandwidth)
+        look = {"color": WARN if above else INT8}
+        ax.plot(dense, reached / unit, "o", ms=6, **look)
+        if name in named:
+            look |= {"va": "bottom" if above else "top", "textcoords": "offset points"}
+            ax.annotate(name, (dense, reached / unit), (6, 0 if above else -3), **look)
+    ax.set(title=title, ylabel=ax.get_ylabel().replace("attainable", "attained; line: attainable"))
+    return figure
+
+
+def latency_chart(
+    panels: Mapping[str, Sequence[tuple[str, str, float, float]]], named: Sequence[str], title: str
+) -> Figure:
+    """Predicted against published milliseconds, of (network, precision, published, predicted), one panel a model."""
+    figure, axes = new(1, len(panels), size=(10, 5.2), sharex=True, sharey=True)
+    colors = {"float": (FLOAT, "s"), "w8a16": (INT16, "^"), "w8a8": (INT8, "o")}
+    ends = np.array([0.05, 50])
+    for ax, (words, rows) in zip(axes, panels.items(), strict=True):
+        ax.plot(ends, ends, color="black", lw=1)
+        ax.fill_between(ends, ends / 1.25, ends * 1.25, color=FLOAT, alpha=0.15, lw=0)
+        for precision, (color, marker) in colors.items():
+            if part := [row[2:] for row in rows if row[1] == precision]:
+                ax.plot(*zip(*part), marker, color=color, ms=5, ls="none", label=precision)
+        for name, precision, published, predicted in rows:
+            if name in named and not 1 / 1.25 < predicted / published < 1.25:
+                above = predicted > published
+                shift = (-6 if above else 6, -9 if precision == "w8a16" else 0)
+                place = {"xytext": shift, "textcoords": "offset points", "va": "center"}
+                ax.annotate(name, (published, predicted), ha="right" if above else "left", fontsize=8, **place)
+        ax.set(title=words, xscale="log", yscale="log", xlim=ends, ylim=ends)
+        ax.set_xlabel("published (ms)")
+        ax.set_ylabel("predicted (ms)", visible=ax is axes[0])
+    axes[-1].legend(loc="upper left", title="band: within a quarter")
+    figure.suptitle(title, weight="bold", x=0.01, ha="left")
+    return figure
+
+
+def steps_chart(steps: Mapping[str, tuple[float, float]], title: str) -> Figure:
+    """Median (bar) and 90th percentile (mark) of an error, refinement by refinement."""
+    figure, ax = new(size=(8, 5))
+    names = list(steps)[::-1]
+    for row, name in enumerate(names):
+        median, tail = steps[name]
+        ax.barh(row, median, color=INT8)
+        ax.plot(tail, row, "|", color=WARN, ms=15, mew=2.5)
+        ax.text(median + 0.7, row, f"{median:.1f}", va="center")
+    ax.text(tail - 1, row, "one in ten is worse than this", color=WARN, ha="right", va="center")
+    ax.set_yticks(range(len(names)), names)
+    ax.set(title=title, xlabel="error of networks left out of the fit: median (%)", ylabel="what the formula has")
+    return figure
+
+
+def under_a_roof(figure: Figure, ops: np.ndarray, moved: np.ndarray, peak: float, bandwidth: float, name: str) -> None:
+    """Layers on a roof, larger the longer they take; the title says how long, by the larger of the two clocks."""
+    ax = figure.subplots()
+    roof(ax, peak, bandwidth, ends=(0.5, 2e4))
+    ax.minorticks_off()  # half of the time it takes to draw
+    compute, memory = ops / peak, moved / bandwidth
+    took = np.maximum(compute, memory)
+    dense, waits = ops / moved, memory > compute
+    for chosen, color in ((waits, WARN), (~waits, INT8)):
+        place = dense[chosen], np.minimum(peak, dense[chosen] * bandwidth) / 1e12
+        ax.scatter(*place, s=30 + 600 * took[chosen] / took.sum(), color=color, alpha=0.5)
+    share = 100 * took[waits].sum() / took.sum()
+    ax.set(title=f"{name}: {1e3 * took.sum():.3g} ms, {share:.0f} % of it bound by memory", ylim=(0.02, 200))

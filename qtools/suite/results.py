@@ -88,13 +88,17 @@ class Chapter:
         for key, value in values.items():
             self.record(key, value, **options)
 
-    def on_htp(self, measure: Callable[[], Mapping[str, float]], *, rtol: float | None = None) -> dict[str, float]:
+    def on_htp(
+        self, measure: Callable[[], Mapping[str, float]], *, rtol: float | None = None, atol: float = 0.0
+    ) -> dict[str, float]:
         """Numbers from the HTP backend; where it is absent, those of the committed run, with a line that says so.
 
         Parameters
         ----------
         measure : callable
             Returns result names and numbers; its name marks the group they are kept under.
+        rtol, atol : float
+            See `record`.
 
         Raises
         ------
@@ -107,7 +111,7 @@ class Chapter:
         if found.available:
             values = {key: float(value) for key, value in measure().items()}
             for key, value in values.items():
-                self.record(key, value, source=HTP, rtol=rtol)
+                self.record(key, value, source=HTP, rtol=rtol, atol=atol)
                 self.results[key] |= {"group": group, "with": found.reason}
             return values
         kept = {k: e for k, e in self._committed["results"].items() if e.get("group") == group}
