@@ -62,3 +62,17 @@ OVERRIDES = """{
 ]
 }
 """
+
+
+# Section 3.2, as printed (the two strings say "compute-bound" and "bandwidth-bound").
+class RooflineAnalyzer:
+    def __init__(self, peak_tops=36, mem_bw=50):
+        self.ridge_point = (peak_tops*1e12) / (mem_bw*1e9) # ops/byte
+    def analyze_layer(self, name, ops, data_bytes):
+        intensity = ops / data_bytes
+        compute_time = ops / (self.peak_tops*1e12)
+        memory_time = data_bytes / (self.mem_bw*1e9)
+        if intensity >= self.ridge_point:
+            return "计算瓶颈", compute_time
+        else:
+            return "带宽瓶颈", memory_time
