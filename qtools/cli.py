@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qtools import __version__
-from qtools.ptq.commands import add_convert, add_verify
+from qtools._search_command import add_search
+from qtools.npu._roofline_command import add_roofline
+from qtools.ptq.commands import add_agreement, add_convert, add_verify
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -43,6 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_capabilities(commands)
     add_convert(commands)
     add_verify(commands)
+    add_agreement(commands)
+    add_roofline(commands)
+    add_search(commands)
     check = commands.add_parser("check", help="say what is installed, and how to mend what is missing")
     check.set_defaults(command=_check)
     return parser

@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 AFFINE, FUSED, QDQ, GRAPH = "qtools/affine.py", "qtools/_fused.py", "qtools/qdq.py", "qtools/ptq/graph.py"
+CONVERT = "qtools/ptq/convert.py"
 FAULTS = [
     ("rounding: half up instead of half to even", AFFINE, "return xp.round(x / scale) + zero_point",
      "return xp.floor(x / scale + 0.5) + zero_point"),
@@ -62,7 +63,7 @@ FAULTS = [
     ("encodings: offset of signed tensors not shifted", "qtools/encodings.py",
      "return -self.zero_point - ((1 << self.bits - 1) if self.signed else 0)", "return -self.zero_point"),
     ("fuse: a shift folded through padding", "qtools/ptq/fuse.py",
-     'if after.op_type not in ("Conv", "Gemm") or _pads(after):', 'if after.op_type not in ("Conv", "Gemm"):'),
+     'if after.op_type not in ("Conv", "Gemm") or pads(after):', 'if after.op_type not in ("Conv", "Gemm"):'),
     ("write: moved tensors calibrated anew", "qtools/ptq/write.py",
      "source = node.input[0] if node.op_type in _MOVES else name", "source = name"),
     ("convert: 4-bit weights asymmetric", "qtools/ptq/convert.py",
@@ -72,8 +73,22 @@ FAULTS = [
      "expected.astype(int) - expected.astype(int)"),
     ("backend's codes not looked at", "qtools/npu/htp.py", '{"session.disable_cpu_ep_fallback": "1"',
      '{"session.disable_cpu_ep_fallback": "0"'),
+    ("integers: rounding half up", "qtools/npu/integer.py",
+     "scaled = np.rint(np.asarray(acc).astype(np.float32) * np.asarray(multiplier, np.float32))",
+     "scaled = np.floor(np.asarray(acc).astype(np.float32) * np.asarray(multiplier, np.float32) + 0.5)"),
+    ("integers: zero-point correction of x forgotten", "qtools/npu/integer.py", "-x_zero * w.sum(0)", "0 * w.sum(0)"),
+    ("pieces: what is still needed dropped", "qtools/ptq/stages.py", "for name in self.needed(to) if name in state",
+     "for name in self.needed(to) if name in self.fed"),
+    ("agreement: distances wrap around", "qtools/ptq/agreement.py", "ours.astype(np.int64) - theirs", "ours - theirs"),
+    ("equalization: factors upside down", "qtools/ptq/equalize.py", "apart = logs - logs.mean(axis=0)",
+     "apart = logs.mean(axis=0) - logs"),
+    ("rounding: error not fed forward", "qtools/ptq/rounding.py", "slope += (step * scale)[..., None]",
+     "slope += 0 * (step * scale)[..., None]"),
+    ("converter: equalization left out", CONVERT, 'if "cle" in algorithms:', "if False:"),
+    ("converter: repaired weights not written", CONVERT, "write_qdq(written, activations", "write_qdq(network, activations"),
 ]  # fmt: skip
 TESTS = {AFFINE: ["test_affine.py", "test_granularity.py"], FUSED: ["test_affine.py"], QDQ: ["test_capabilities.py"]}
+TESTS[CONVERT] = ["test_convert.py", "test_algorithms.py"]
 
 
 def main() -> int:

@@ -1,8 +1,8 @@
-"""The quantizers beside their peers, in one run, on one large matrix, then calibration: ``make bench``.
+"""The quantizers beside their peers, in one run, on one large matrix, then the other parts: ``make bench``.
 
 Every candidate of an operation takes its turn in every round, so that all see the same machine; what counts is the
 ratio to a plain copy of the same float32 bytes.  ``--check`` makes the exit status say whether the aims are met;
-``python -m tests.benchmarks calibration`` runs that part alone.
+``python -m tests.benchmarks calibration`` (or rounding, or integer) runs that part alone.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import numpy as np
 
 from qtools import affine
 from qtools.affine import Grid
-from tests.benchmarks import calibration, peers
+from tests.benchmarks import calibration, integer, peers, rounding
 
 SHAPE = (4096, 11008)  # a down projection of Llama 2 7B
 CASES = {
@@ -127,13 +127,16 @@ def quantizers(rounds: int) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
-    parser.add_argument("part", nargs="?", choices=("quantizers", "calibration"), help="by default both")
+    parts = ("quantizers", "calibration", "rounding", "integer")
+    parser.add_argument("part", nargs="?", choices=parts, help="by default all")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--lines", type=int, default=100, help="to calibrate with; the aim is for 200")
     parser.add_argument("--check", action="store_true", help="exit 1 if an aim is missed")
     options = parser.parse_args()
-    missed = quantizers(options.rounds) if options.part != "calibration" else []
-    missed += calibration.bench(options.lines) if options.part != "quantizers" else []
+    missed = quantizers(options.rounds) if options.part in (None, "quantizers") else []
+    missed += calibration.bench(options.lines) if options.part in (None, "calibration") else []
+    missed += rounding.bench(options.lines) if options.part in (None, "rounding") else []
+    missed += integer.bench() if options.part in (None, "integer") else []
     print("\n".join(["aims missed:", *missed] if missed else ["every aim met"]))
     return int(bool(missed) and options.check)
 
