@@ -296,7 +296,8 @@ class QuantSim:
         activations = {name: chosen[root] for name, root in tensors.activations.items() if root in chosen}
         params = {name: choose_qparams(view.value(name), Grid(_CONTAINER)) for name in tensors.constants}
         params |= {name: chosen[name] for name in (*tensors.weights, *tensors.constants) if name in chosen}
-        params = fit_biases(network, activations, params, tensors)
+        for _ in range(2):  # a channel that the first rounds to zero, for the sake of its bias, has a free scale then
+            params = fit_biases(network, activations, params, tensors)
         sides = [dict.fromkeys(names, files.Encoding(32)) for names in (tensors.activations, tensors.weights)]
         for side, found in zip(sides, (activations, params)):
             side.update((name, files.Encoding.from_qparams(qparams)) for name, qparams in found.items())

@@ -82,8 +82,8 @@ FAULTS = [
     ("agreement: distances wrap around", "qtools/ptq/agreement.py", "ours.astype(np.int64) - theirs", "ours - theirs"),
     ("equalization: factors upside down", "qtools/ptq/equalize.py", "apart = logs - logs.mean(axis=0)",
      "apart = logs.mean(axis=0) - logs"),
-    ("rounding: error not fed forward", "qtools/ptq/rounding.py", "slope += (step * scale)[..., None]",
-     "slope += 0 * (step * scale)[..., None]"),
+    ("rounding: error not fed forward", "qtools/ptq/rounding.py", "slope[moved] += (step * scale)",
+     "slope[moved] += 0 * (step * scale)"),
     ("converter: equalization left out", CONVERT, 'if "cle" in algorithms:', "if False:"),
     ("converter: repaired weights not written", CONVERT, "write_qdq(written, activations", "write_qdq(network, activations"),
 ]  # fmt: skip

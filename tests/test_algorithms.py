@@ -1,5 +1,6 @@
 """``qtools convert --algorithms``: what repairs a network works, on the networks that other tools report on."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from qtools.ptq import convert, fuse, graph, rounding
 from qtools.ptq.calibrate import calibrate
 from qtools.ptq.convert import Options, Runner, quantize_network
 
+ROOT = Path(__file__).resolve().parents[1]
 TRAIN, _, IMAGES, LABELS = zoo.digits()
 SAMPLES = [{"input": TRAIN[np.random.default_rng(1000).choice(1257, 256, replace=False)]}]
 TENSOR = Options(param_quantizer_schema="symmetric")
@@ -137,3 +139,31 @@ def test_options_are_checked() -> None:
         with pytest.raises(ValueError, match=message):
             Options(algorithms=algorithms)
     assert set(convert.ALGORITHMS) == {"cle", "hba", "bc", "seqmse", "adaround", "gptq"}
+
+
+PEERS = {  # the best that AIMET 2.42 and ONNX Runtime 1.32 reach with weights and activations of so many bits: %, dB
+    "mini_w8a8_channel": (98.89, 36.2), "mini_w8a8_tensor": (99.07, 33.9), "mini_w8a16_channel": (98.89, 39.0),
+    "mini_w8a16_tensor": (99.07, 34.1), "mini_w4a16_channel": (99.07, 13.7), "mini_w4a16_tensor": (97.04, 9.6),
+    "mini_w4a8_channel": (99.07, 23.9), "mini_w4a8_tensor": (99.07, 21.7), "mini_w3a8_channel": (98.46, 16.3),
+    "mini_w3a8_tensor": (98.89, 14.4), "mini_w4a4_channel": (97.84, 9.7), "mini_w4a4_tensor": (94.81, 7.3),
+    "skew_w8a8_channel": (98.95, 33.5), "skew_w8a8_tensor": (98.95, 32.8), "skew_w8a16_channel": (98.89, 24.0),
+    "skew_w4a8_channel": (98.52, 13.7), "skew_w4a8_tensor": (99.07, 21.4), "skew_w3a8_channel": (92.04, 5.5),
+    "skew_w3a8_tensor": (85.49, 5.6),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", PEERS)
+def test_the_recorded_figures_are_not_behind_those_of_other_tools(scheme: str) -> None:
+    values = json.loads((ROOT / "data/results/measured/03_rounding.json").read_text())["values"]
+    variant, rest = scheme.split("_", 1)
+    keys = [key for key in values if key.endswith("_db") and key.startswith((f"{scheme}_", f"{variant}_cle_{rest}_"))]
+    found = [(values[key.removesuffix("db") + "right"], values[key]) for key in keys]
+    right, db = PEERS[scheme]
+    assert len(found) >= 10 and any(one >= right - 0.4 and sqnr >= db - 0.3 for one, sqnr in found)
+
+
+def test_adaround_takes_its_2000_iterations_in_time() -> None:
+    values = json.loads((ROOT / "data/results/measured/03_rounding.json").read_text())["values"]
+    for scheme, db in (("w4a8", 22.6), ("w3a8", 15.5)):
+        assert values[f"mini_{scheme}_channel_adaround_db"] >= db
+        assert values[f"mini_{scheme}_channel_adaround_seconds"] <= 45

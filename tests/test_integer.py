@@ -506,12 +506,14 @@ def test_codes_may_change_their_width_between_operators() -> None:
     constants = initializers(x=(np.float32(1e-4), np.int16(9)), q0=(np.float32(2e-4), np.uint16(30000)))
     constants += initializers(q1=(np.float32(0.005), np.uint8(3)), q2=(np.float32(3e-5), np.uint16(0)))
     constants += initializers(w=codes(rng, np.int8, (30, 20)), w_in=(np.float32(0.003), np.int8(0)))
-    network = chained(x, [("MatMul", "w.f"), None, ("Sigmoid",), None, ("Sqrt",), None], constants, np.uint16)
-    network.graph.node.insert(0, helper.make_node("DequantizeLinear", ["w", "w.s", "w.z"], ["w.f"]))
-    names = ["q0", "q1", "q2"]
-    for found, simulated in zip(IntegerNetwork(network)(x, names), Runner(network, names)(x)):
-        assert np.mean(apart(found, simulated) > 0) < 0.01
-    assert np.array_equal(ours(network, {"x": x}), IntegerNetwork(network)(x, names)[2])
+    for steps, kind in (([], np.uint8), ([("Sqrt",), None], np.uint16)):
+        network = chained(x, [("MatMul", "w.f"), None, ("Sigmoid",), None, *steps], constants, kind)
+        network.graph.node.insert(0, helper.make_node("DequantizeLinear", ["w", "w.s", "w.z"], ["w.f"]))
+        names = ["q0", "q1", "q2"][: 3 if steps else 2]
+        found = IntegerNetwork(network)(x, names)
+        for one, simulated in zip(found, Runner(network, names)(x)):
+            assert np.mean(apart(one, simulated) > 0) < 0.01
+        assert np.array_equal(ours(network, {"x": x}), found[-1])
 
 
 def test_windows_that_overlap_in_memory() -> None:

@@ -367,6 +367,8 @@ def test_the_exported_network_computes_what_was_trained(trained: QuantSim) -> No
 def test_converting_once_more_moves_nothing(trained: QuantSim, tmp_path: Path) -> None:
     converted = trained.export(tmp_path, "digits")
     network = prepared(tmp_path / "digits.onnx")
+    used = {name for node in converted.float_network.graph.node for name in node.input}
+    assert {tensor.name for tensor in converted.float_network.graph.initializer} <= used
     found = encodings.read(tmp_path / "digits.encodings")
     again = quantize_network(network, [digits()[2][:2].numpy()], Options(), found)
     assert again.notes == [] and encodings.compare(converted.encodings, again.encodings) == []
@@ -435,16 +437,20 @@ def test_before_training_the_ranges_are_those_of_the_converter() -> None:
                 np.testing.assert_array_equal(a.zero_point, b.zero_point)
 
 
-def test_a_channel_that_is_rounded_away_keeps_its_bias() -> None:
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_a_channel_that_is_rounded_away_keeps_its_bias(per_channel) -> None:
     model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.ReLU())
     with torch.no_grad():
-        model[0].weight[1] = 1e-9
+        model[0].weight[1] = 1e-12
         model[0].bias.copy_(torch.tensor([0.1, 0.7, -0.2]))
     x = torch.randn(16, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-    sim = QuantSim(model, x[:1], weight_bits=2, per_channel=False)
+    sim = QuantSim(model, x[:1], weight_bits=2, per_channel=per_channel)
     sim.calibrate([x])
     assert (codes_apart(sim, (x,)) > 0.5).mean() == 0
     assert sim.model(x)[:, 1].mean().item() == pytest.approx(0.7, abs=0.01)
+    converted = sim.export()
+    again = quantize_network(converted.float_network, [x.numpy()], overrides=converted.encodings)
+    assert encodings.compare(converted.encodings, again.encodings) == []
 
 
 class Branches(nn.Module):
@@ -479,6 +485,7 @@ def test_branches_functions_and_reused_modules(weight_bits, act_bits) -> None:
     before = copy.deepcopy(model.state_dict())
     sim = QuantSim(model, (x[:2], y[:2]), weight_bits=weight_bits, act_bits=act_bits)
     sim.calibrate([(x, y)])
+    assert sim.quantizers["scale.weight"].grid.bits == 8 and sim.quantizers["dense.weight"].grid.bits == weight_bits
     assert sim.model.training and model.training, "as it came"
     optimizer = torch.optim.SGD(sim.model.parameters(), 0.01)
     for _ in range(3):

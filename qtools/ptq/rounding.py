@@ -139,7 +139,7 @@ class GPTQ:
             code = np.rint(left[..., k] / scale[..., k]) + zero_point[..., k]
             codes[..., k] = np.clip(code, problem.grid.qmin, problem.grid.qmax)
             missed = left[..., k] - (codes[..., k] - zero_point[..., k]) * scale[..., k]
-            left -= (missed / answers[:, k, k, None])[..., None] * answers[:, None, k]
+            left[..., k:] -= (missed / answers[:, k, k, None])[..., None] * answers[:, None, k, k:]
         return problem.better(np.take_along_axis(codes, np.argsort(order, axis=1)[:, None], 2))
 
 
@@ -170,9 +170,9 @@ class Descent:
                 scale = problem.scale[..., k]
                 best = np.rint(codes[..., k] - slope[..., k] / (problem.gram[:, k, k, None] * scale))
                 step = np.clip(best, grid.qmin, grid.qmax) - codes[..., k]
-                if step.any():
-                    codes[..., k] += step
-                    slope += (step * scale)[..., None] * problem.gram[:, None, k]
+                codes[..., k] += step
+                moved = np.nonzero(step)  # soon few channels do
+                slope[moved] += (step * scale)[moved][:, None] * problem.gram[moved[0], k]
             if np.array_equal(codes, before):
                 break
         return problem.better(codes)
