@@ -24,6 +24,8 @@ _SUBMODULES = (
     "zoo",
     "npu",
     "ptq",
+    "mixed_precision",
+    "qat",
     "suite",
     "cli",
 )

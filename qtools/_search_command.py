@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import onnx
 
-    from qtools.mixed_precision import Plan, Search
+    from qtools.mixed_precision import Search
 
 _COSTS = ("bytes", "bitops", "wide")
 _FIELDS = (
-    "act_quantizer_calibration",
-    "percentile_calibration_value",
-    "use_per_channel_quantization",
-    "use_per_row_quantization",
+    *("act_quantizer_calibration", "percentile_calibration_value"),
+    *("use_per_channel_quantization", "use_per_row_quantization"),
 )
 _WORST, _POINTS = 8, 8
 
@@ -94,14 +92,16 @@ def _widths(text: str) -> list[int]:
 
 def _table(path: Path) -> dict[str, dict[int, float]]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {name: {int(bits): float(cost) for bits, cost in row.items()} for name, row in content.items()}
+        content = json.loads(path.read_text(encoding="utf-8")).items()
+        return {name: {int(bits): float(cost) for bits, cost in row.items()} for name, row in content}
     except (ValueError, TypeError, AttributeError):
         raise ValueError(f"{path} is no table of costs: tensor to bits to a number, in JSON") from None
 
 
 def report(args: argparse.Namespace, found: Search) -> str:
     """What a search has to say."""
+    import numpy as np
+
     from qtools import mixed_precision
 
     task, table = found.problem, found.table
@@ -110,16 +110,13 @@ def report(args: argparse.Namespace, found: Search) -> str:
     lines += [f"most sensitive around the last choice: {'loss':>10} +- spread"]
     for name in table.ranking()[:_WORST]:
         i = table.names.index(name)
-        k = int(abs(table.mean[i]).argmax())
+        k = int(np.nanargmax(np.abs(table.mean[i])))
         lines.append(f"  {name[:40]:40} {table.mean[i, k]:10.3g} +- {table.spread[i, k]:.2g}  at {table.bits[k]} bits")
     lines.append(f"{'':12}{args.cost[:12]:>14}{'loss':>12}  tensors")
     rows = [("chosen", found.plan), ("greedy", mixed_precision.greedy(task, found.plan.cost))]
     rows += [(f"front {i}", plan) for i, plan in enumerate(mixed_precision.pareto(task, _POINTS), 1)]
-    lines += [_row(name, plan) for name, plan in rows]
+    for name, plan in rows:
+        counts = sorted(Counter(plan.types.values()).items())
+        types = ", ".join(f"{count} of {bits} bits" for bits, count in counts)
+        lines.append(f"{name:12}{plan.cost:14,.6g}{plan.loss:12.4g}  {types}")
     return "\n".join([*lines, f"wrote {args.output}, for qtools convert --quantization_overrides"])
-
-
-def _row(name: str, plan: Plan) -> str:
-    counts = Counter(plan.types.values())
-    types = ", ".join(f"{counts[bits]} of {bits} bits" for bits in sorted(counts))
-    return f"{name:12}{plan.cost:14,.6g}{plan.loss:12.4g}  {types}"

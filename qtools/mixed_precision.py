@@ -403,8 +403,7 @@ def search(
     """Find types for a budget: all begin at their most bits, and what costs least loss goes down.
 
     Roundings do not add up: behind one, a second of the same fineness costs nothing.  So the budget shrinks in rounds,
-    and in each the losses are measured anew around what the last one chose.  Weights that have no choice stay float
-    while that is measured: their rounding would only blur it.
+    and in each the losses are measured anew around what the last one chose.
 
     Parameters
     ----------
@@ -428,7 +427,8 @@ def search(
     tensors = quantized_tensors(network)
     units = groups(network, arch or "v75") + [(name,) for name in tensors.weights if len(weight_bits) > 1]
     few = dict.fromkeys(tensors.activations.values(), min(bits)) | dict.fromkeys(tensors.weights, min(weight_bits))
-    most = {name: max(weight_bits if name in tensors.weights else bits) for unit in units for name in unit}
+    types = dict.fromkeys(tensors.weights, options.weight_bw)
+    types |= {name: max(weight_bits if name in tensors.weights else bits) for unit in units for name in unit}
     measured = metric
     if hardest is not None:
         picked = _hardest(network, samples, apply(network, few, calibration, options), hardest)
@@ -449,12 +449,12 @@ def search(
     for turn in range(1, rounds + 1):
         table = sensitivity(
             network, samples, calibration, measured, options=options, direction="one_spared", bits=bits,
-            weight_bits=weight_bits, base=most, units=units, subsets=subsets, threads=threads,
+            weight_bits=weight_bits, base=types, units=units, subsets=subsets, threads=threads,
             resume=resume and f"{resume}.{turn}", progress=progress,
         )  # fmt: skip
         task = problem(table, network, cost, options, arch)
         plan = exact(task, max(wanted, full * shrink ** (turn / rounds) if turn < rounds else 0.0))
-        most = {name: plan.types[name] for name in most}
+        types = plan.types
     return Search(plan, table, task)
 
 

@@ -696,3 +696,14 @@ def test_what_is_no_integer_operator_is_named(network) -> None:
     floats.graph.output[0].name = "output.float"
     with pytest.raises(ValueError, match=r"output\.float. is a float that is never quantized"):
         IntegerNetwork(floats)
+
+
+def test_halves_go_to_the_even_code_as_in_quantize_linear() -> None:
+    """The rule for one accumulator against ONNX's reference: a scale of 2 puts every odd number on a line."""
+    from onnx.reference.ops.op_quantize_linear import QuantizeLinear_21
+
+    acc = np.arange(-301, 302)
+    expected = QuantizeLinear_21.eval(acc.astype(np.float32), np.float32(2), np.uint8(100))
+    codes = integer.requantize_float(acc, 0.5, 100, 0, 255)
+    assert np.array_equal(codes, np.asarray(expected[0] if isinstance(expected, tuple) else expected))
+    assert codes[301 + 1] == 100 and codes[301 + 3] == 102

@@ -336,6 +336,11 @@ def test_weights_lie_on_their_grids_and_the_file_holds_their_codes(per_channel, 
         changed = not np.array_equal(found.params[name].scale, params[name].scale)
         assert changed <= bool(clips) and found.params[name].scale.shape == params[name].scale.shape
     assert any(found.layers[node].clip != 1 for node in found.layers) == bool(clips)
+    if not clips:
+        both = constants_of(model)["fc.weight"], found.values["fc.weight"]
+        nearest, codes = (quantize(one, params["fc.weight"]) for one in both)
+        steps = np.abs(codes - nearest)
+        assert found.layers["fc"].changed == np.mean(steps > 0) and found.layers["fc"].furthest == steps.max() > 0
 
 
 def test_each_report_is_of_what_the_layer_gives():

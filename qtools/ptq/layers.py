@@ -178,7 +178,8 @@ class Chain:
                     made.update(maker.output)
                     waiting += [*maker.input, *names_inside(maker)]
         self._fed, self._states, self._done = {} if fed is None else fed, [dict(feed) for feed in feeds], 0
-        self._stages = _Once(model, cuts, self._fed)
+        # Pieces are small: on a busy machine threads that wait for each other would cost more than they save.
+        self._stages = _Once(model, cuts, self._fed, threads=1)
 
     def reach(self, name: str) -> list[np.ndarray]:
         """One of the tensors, for every sample; they are to be reached in order.

@@ -124,9 +124,8 @@ def sensitivity(
 
     The numbers are those of the loop that writes and runs the whole network for each change.  But what lies before a
     change runs once: the states of all samples walk through the network, and only what is behind a tensor runs for
-    each of its types.  The changes are cut into joblib tasks: ``joblib.parallel_config`` says where these run.
-
-    A constant that is no weight (of an Add, a Mul) has the type of what is computed with it.
+    each of its types.  The changes are cut into joblib tasks: ``joblib.parallel_config`` says where these run.  A
+    constant that is no weight (of an Add, a Mul) has the type of what is computed with it.
 
     Parameters
     ----------
@@ -135,8 +134,7 @@ def sensitivity(
     samples : sequence
         As `calibrate` takes them; sample ``i`` belongs to subset ``i % subsets``.
     calibration : Calibration, or one for each subset
-    metric : callable, optional
-        See `Metric`.
+    metric : `Metric`, optional
     options : Options
         How encodings are chosen.
     direction : {'one_quantized', 'one_spared'}
@@ -461,13 +459,10 @@ def _calls(work: _Work, walk: _Walk, tasks: Mapping[str, list[Change]]) -> Itera
 
     # Single arrays: joblib gives them to local workers without a copy, and to Dask's once.
     metric, work = work.metric, replace(work, metric=None, feeds=[])
-    whole = _packed(work)
+    whole = np.frombuffer(pickle.dumps(work), np.uint8)
     for number, changes in tasks.items():
-        yield joblib.delayed(_task)(number, whole, metric, _packed(walk.to(changes[0][0])), changes)
-
-
-def _packed(what: Any) -> np.ndarray:
-    return np.frombuffer(pickle.dumps(what), np.uint8)
+        states = np.frombuffer(pickle.dumps(walk.to(changes[0][0])), np.uint8)
+        yield joblib.delayed(_task)(number, whole, metric, states, changes)
 
 
 def _task(
