@@ -28,6 +28,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="buffers
 
 DATA = soc.TABLE.parent
 SOURCE = DATA / "zero_copy.cpp"
+HEAP = buffers.HEAP
 MB = 2**20
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 # The other process: a letter says what to do, a line of JSON on stdout what came of it.
@@ -53,7 +54,7 @@ while todo := connection.recv(1).decode():
     elif todo == "w":
         data[[0, -1]] = 7, 8
     elif todo == "a":
-        buffer = Buffer(2**26)
+        buffer = Buffer(2**26, 'memfd')
         data = buffer.array(buffer.size, np.uint8)
         data[:] = 5
         buffer.send(connection)
@@ -81,6 +82,12 @@ def descriptors() -> int:
 
 def mappings() -> int:
     return Path("/proc/self/maps").read_text().count("memfd:qtools")
+
+
+@pytest.fixture(autouse=True)
+def memory_files(monkeypatch):
+    """By default buffers are memfds, which is what these tests look into, even where there is a heap."""
+    monkeypatch.setattr(buffers, "HEAP", "/nowhere")
 
 
 @pytest.fixture
@@ -473,6 +480,28 @@ def test_a_heap_that_refuses_is_closed_again(kernel, nothing_left):
         Buffer(2 * 10**6)
 
 
+@pytest.mark.skipif(not os.access(HEAP, os.R_OK), reason="there is no DMA-BUF heap")
+def test_a_real_heap_gives_memory_that_is_shared_all_the_same(monkeypatch, other):
+    monkeypatch.setattr(buffers, "HEAP", HEAP)
+    with Buffer(5000) as buffer:
+        assert buffer.kind == "dma-buf" and os.readlink(f"/proc/self/fd/{buffer.fd}").startswith("/dmabuf:")
+        data = buffer.array(5000, np.uint8)
+        with buffer.access():
+            data[:] = 3
+        other.ask("b")
+        buffer.send(other.socket)
+        assert other.said()["inode"] == os.fstat(buffer.fd).st_ino
+        other.ask("w")
+        assert other.said()["ends"] == [7, 8]
+        with buffer.access(write=False):
+            assert (data[0], data[1], data[-1]) == (7, 3, 8)
+        assert buffer.ort_value(1250, np.float32).data_ptr() == data.ctypes.data
+    for _ in range(1000):
+        with Buffer(5000) as buffer, Buffer.from_fd(buffer.fd) as second:
+            second.array(1, np.uint8)[:] = 1
+    del data
+
+
 def test_memory_files_need_no_synchronization(kernel):
     with Buffer(100, "memfd") as buffer, buffer.access():
         assert buffer.kind == "memfd"
@@ -524,7 +553,7 @@ def test_the_program_is_valid_and_the_one_of_the_article_is_not(tmp_path):
     subprocess.run([*strict, "-fsyntax-only", SOURCE], check=True)
     subprocess.run([*strict, "-DTRY_IT", "-o", tmp_path / "try", SOURCE], check=True)
     done = subprocess.run([tmp_path / "try"], capture_output=True, text=True)
-    if os.access(buffers.HEAP, os.R_OK):
+    if os.access(HEAP, os.R_OK):
         assert (done.returncode, done.stdout) == (0, "1048576 bytes shared, none copied\n")
     else:
         assert (done.returncode, done.stdout) == (2, "") and "no buffer: /dev/dma_heap/system: " in done.stderr

@@ -230,6 +230,22 @@ def test_moments_do_not_depend_on_the_pieces_and_are_those_of_numpy():
     np.testing.assert_allclose(gram, x.mT @ x / 50, atol=1e-12)
 
 
+@given(st.integers(0, 10**6), st.integers(1, 50), st.integers(1, 4))
+@settings(max_examples=60, deadline=None)
+def test_inputs_that_never_vary_are_the_business_of_the_bias(seed, count, pieces):
+    """Their variance is zero but for rounding errors, which are not to be taken for data."""
+    rng = np.random.default_rng(seed)
+    x = np.repeat(100 * rng.standard_normal((1, 1, 6)).astype(np.float32), count, axis=1)
+    problem, _, _ = problem_of(seed)
+    moments = layers.Moments()
+    for _ in range(pieces):
+        moments.add(x, x @ problem.weight.mT)
+    gram, cross, power = moments.without_bias(None)
+    assert not gram.any() and not cross.any()
+    problem = replace(problem, gram=gram, cross=cross, power=power).damped(0.1)
+    np.testing.assert_array_equal(rounding.Descent()(problem), rounding.Nearest()(problem))
+
+
 def test_what_is_no_layer_keeps_nearest_rounding():
     rng = np.random.default_rng(0)
     nodes = [
@@ -417,13 +433,14 @@ def call(solver, state, **more):
 
 def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path):
     path = tmp_path / "new" / "state.safetensors"
-    whole = call(Spy([]), None)
+    drawn = dict(positions=20)
+    whole = call(Spy([]), None, **drawn)
     with pytest.raises(KeyboardInterrupt):
-        call(Spy([], fails_at=4), path)
+        call(Spy([], fails_at=4), path, **drawn)
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
     rest, nothing = Spy([]), Spy([])
-    again = call(rest, path)
-    once_more = call(nothing, path)
+    again = call(rest, path, **drawn)
+    once_more = call(nothing, path, **drawn)
     assert len(rest.seen) == 5 and not nothing.seen  # of eight
     for found in (again, once_more):
         assert found.layers == whole.layers and set(found.values) == set(whole.values)

@@ -99,15 +99,11 @@ class Buffer:
 
     def _keep(self, fd: int, size: int, kind: Kind) -> None:
         self.size, self.kind, self._fd = size, kind, fd
-        self._release = weakref.finalize(self, os.close, fd)
+        self._release = weakref.finalize(self, os.close, fd)  # also if the buffer is forgotten, or cannot be mapped
         sealed = kind == "memfd" and fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _READ_ONLY
         self.writable = not sealed and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
-        try:
-            access = mmap.ACCESS_WRITE if self.writable else mmap.ACCESS_READ
-            self._memory: mmap.mmap | None = mmap.mmap(fd, size, access=access)
-        except BaseException:
-            self._release()
-            raise
+        access = mmap.ACCESS_WRITE if self.writable else mmap.ACCESS_READ
+        self._memory: mmap.mmap | None = mmap.mmap(fd, size, access=access)
 
     @property
     def fd(self) -> int:
@@ -148,7 +144,10 @@ class Buffer:
         return np.ndarray(shape, dtype, self._memory, offset)
 
     def ort_value(self, shape: int | Sequence[int], dtype: Any, offset: int = 0) -> onnxruntime.OrtValue:
-        """The same memory as a tensor of ONNX Runtime on the CPU, to be bound as input or output (`io_binding`)."""
+        """The same memory as a tensor of ONNX Runtime on the CPU, to be bound (`io_binding`) as an input.
+
+        As an output too if it is `writable`: ONNX Runtime does not ask, and would crash.
+        """
         import onnxruntime
 
         return onnxruntime.OrtValue.ortvalue_from_numpy(self.array(shape, dtype, offset))

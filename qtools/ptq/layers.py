@@ -19,6 +19,7 @@ from qtools.ptq.stages import Stages, State
 if TYPE_CHECKING:
     import onnx
 
+_NOISE = 1e-10  # of a mean square: a variance that is less may be a rounding error
 # Gemm computes more than a product of matrices unless these are as they are by default.
 _PLAIN = {"Gemm": {"alpha": 1.0, "beta": 1.0, "transA": 0}}
 
@@ -53,7 +54,10 @@ class Moments:
         """The last three means for outputs less a bias (G, C); by None less the one that is best for any weights."""
         x, y, gram, cross, power = self.means()
         if bias is None:
-            return [gram - _outer(x, x), cross - _outer(y, x), power - y * y]
+            spread = gram - _outer(x, x)
+            variance, square = (np.diagonal(part, axis1=1, axis2=2) for part in (spread, gram))
+            varies = (variance > _NOISE * square).astype(np.float64)
+            return [spread * _outer(varies, varies), (cross - _outer(y, x)) * varies[:, None], power - y * y]
         return [gram, cross - _outer(bias, x), power - (2 * y - bias) * bias]
 
 
