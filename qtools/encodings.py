@@ -29,8 +29,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from array_api_compat import is_torch_array
 
+from qtools._files import replace_file
 from qtools.affine import LPBQ, Grid, QParams, qparams_from_range
-from qtools.suite.results import replace_file
 
 Flavour = Literal["aimet-torch", "aimet-onnx"]
 Kind = Literal["activation", "param"]

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from qtools._files import replace_json
 from qtools.encodings import Overrides, Rule
 from qtools.metrics import sqnr_db
 from qtools.npu import capabilities
@@ -23,7 +23,6 @@ from qtools.ptq.fuse import View
 from qtools.ptq.graph import channel_axis
 from qtools.ptq.sensitivity import FLOAT, Metric, Sensitivity, Types, gives, owners, sensitivity
 from qtools.ptq.write import quantized_tensors
-from qtools.suite.results import replace_file
 
 if TYPE_CHECKING:
     import onnx
@@ -361,7 +360,7 @@ def write_overrides(chosen: Overrides, path: Path | str) -> None:
     content: dict[str, dict[str, Any]] = {"activation_encodings": {}, "param_encodings": {}}
     for rule in chosen.rules:
         content[f"{rule.kind}_encodings"][rule.pattern] = {"dtype": f"int{rule.bits}"}
-    replace_file(Path(path), (json.dumps(content, indent=1) + "\n").encode())
+    replace_json(Path(path), content)
 
 
 def apply(network: onnx.ModelProto, types: Types, calibration: Calibration, options: Options = _DEFAULTS) -> Converted:

@@ -27,13 +27,13 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils.parametrize import register_parametrization
 
 from qtools import encodings as files
+from qtools._files import replace_file
 from qtools.affine import Grid, QParams, blocks_of, choose_qparams
 from qtools.observers import OBSERVERS, Observer
 from qtools.ptq.convert import Converted
 from qtools.ptq.fuse import View, claim, fuse, with_shapes
 from qtools.ptq.graph import drop_unused, prepare, replace_weights, set_nodes
 from qtools.ptq.write import Supergroup, fit_biases, quantized_tensors, write_qdq
-from qtools.suite.results import replace_file
 
 if TYPE_CHECKING:
     import onnx

@@ -312,8 +312,11 @@ def test_codes_are_the_same_after_any_file(grid, seed, written, scaled, wide):
     codes = quantize(w, after).astype(int) + (shift if read.signed else -shift)
     np.testing.assert_array_equal(codes, quantize(w, before))
     if not shift:
-        np.testing.assert_array_equal(dequantize(quantize(w, after), after), dequantize(quantize(w, before), before))
-        assert wide or after.scale.dtype == before.scale.dtype
+        # A file holds no width: a scale of 64 bits that 32 bits can hold as well is read as one of 32.
+        tolerance = 0 if after.scale.dtype == before.scale.dtype else 1e-7
+        real, again = (dequantize(quantize(w, qparams), qparams) for qparams in (before, after))
+        np.testing.assert_allclose(again, real, rtol=tolerance)
+        assert wide or not tolerance
 
 
 @settings(max_examples=100, deadline=None)

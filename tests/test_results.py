@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from qtools._files import replace_file
 from qtools.suite import claims
-from qtools.suite.results import ROOT, Chapter, replace_file
+from qtools.suite.results import ROOT, Chapter
 
 
 @pytest.fixture

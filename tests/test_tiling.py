@@ -155,13 +155,13 @@ def convs(draw, largest: int = 9, channels: int = 6) -> Conv:
     )
 
 
-def random_conv(rng: random.Random) -> Conv:
+def random_conv(rng: random.Random, most: int = 8) -> Conv:
     """A small layer: everything about it can be tried."""
     kernel, groups = rng.choice(((1, 1), (1, 1), (3, 3), (3, 3), (5, 5), (1, 3), (2, 2))), rng.choice((1, 1, 1, 2))
     pads = tuple(rng.randint(0, kernel[axis % 2] // 2) for axis in range(4))
-    image = tuple(max(size, rng.randint(1, 9)) for size in kernel)
+    image = tuple(max(size, rng.randint(1, most + 1)) for size in kernel)
     stride = (rng.choice((1, 1, 2)),) * 2
-    depth, channels = groups * rng.randint(1, 8), groups * rng.randint(1, 8)
+    depth, channels = groups * rng.randint(1, most), groups * rng.randint(1, most)
     return Conv(image, depth, channels, kernel, stride, pads, groups, rng.choice(list(PRECISIONS.values())))
 
 
@@ -199,6 +199,8 @@ def test_times_say_how_often_each_byte_crosses():
     assert in_quarters == {"weight": (1, 4, 1, 3), "input": (4, 1, 1, 3), "output": (4, 4, 1, 0)}
     halo = tiling.tiling(Conv((10, 10), 1, 1, (3, 3)), (2, 8, 1, 1), "weight").times
     assert halo == (1, 1.6, 1, 0)  # 4 x 4 rows of 10
+    padding_only = tiling.best(Conv((1, 1), 1, 1, stride=(2, 2), pads=(1, 1, 1, 1)))
+    assert padding_only.times == (1, 0, 1, 0)
 
 
 # -- the choice --------------------------------------------------------------------------------------------------------
@@ -274,16 +276,22 @@ def test_matrix_products_stay_above_the_bound_for_every_schedule(vtcm):
     assert bound - 2 * vtcm < found < 1.1 * math.sqrt(8) * bound
 
 
-def test_of_equal_tilings_the_one_with_the_fewest_tiles_is_taken():
-    assert tiling.best(LAYERS["3 x 3"]).counts == (1, 1, 1, 1)
-    token = tiling.best(LAYERS["token"], 2**20)
-    assert token.moved == tiling.lower_bound(token.conv)
-    whole, tiles = token.conv.whole, math.prod(token.counts)
-    for channels, depth in itertools.product(range(1, 257), (whole.depth, whole.depth // 2, whole.depth // 4)):
+def test_of_equal_tilings_the_one_that_cuts_least_is_taken():
+    rng, tied = random.Random(3), 0
+    for _ in range(20):
+        conv = replace(random_conv(rng, 5), groups=1)
+        least, whole = (tiling.tiling(conv, tile, "output").vtcm for tile in ((1, 1, 1, 1), conv.whole))
+        vtcm = max(least, whole / rng.choice((1.5, 2, 3)))
+        tiles = list(itertools.product(*(range(1, size + 1) for size in conv.whole)))
         for order in NESTS:
-            other = tiling.tiling(token.conv, (1, 1, channels, depth), order)
-            if other.vtcm <= 2**20 and other.moved == token.moved:
-                assert math.prod(other.counts) >= tiles
+            found = tiling.best(conv, vtcm, order)
+            others = [tiling.tiling(conv, tile, order) for tile in tiles]
+            equal = [other.counts for other in others if other.vtcm <= vtcm and other.moved.total == found.moved.total]
+            cuts = {(counts.depth, math.prod(counts)) for counts in equal}  # the depth first: sums are never moved
+            assert min(cuts) == (found.counts.depth, math.prod(found.counts))
+            tied += len(cuts) > 1
+    assert tied > 10
+    assert tiling.best(Conv((400, 400), 64, 64)).tile.columns == 400  # strips of whole rows
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
@@ -344,19 +352,22 @@ def test_networks_have_the_layers_that_the_time_model_counts(build, shape):
 
 def test_products_of_two_activations_read_both_at_the_width_of_activations():
     text = """<ir_version: 10, opset_import: ["": 21]>
-        g (float[1,2,5,8] q, float[1,2,8,7] k, float[3,4] m) => (float[1,2,5,7] y, float[5,3] z, float[5,2,6] v) {
+        g (float[1,2,5,8] q, float[1,2,8,7] k, float[3,4] m, float[5,8] p)
+        => (float[1,2,5,7] y, float[5,3] z, float[5,2,6] v, float[1,2,5,7] o) {
         y = MatMul (q, k)
         w = Constant <value = float[4,5] {1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20}> ()
         z = Gemm <transA = 1, transB = 1> (w, m)
         s = Constant <value = int64[2] {7, 6}> ()  c = ConstantOfShape (s)
         n = Constant <value = int64[3] {5, 2, 7}> ()  u = Reshape (y, n)
         v = MatMul (u, c)
+        o = MatMul (p, k)
     }"""
     bits = PRECISIONS["w4a16"]
     assert tiling.from_onnx(parser.parse_model(text), bits) == {
         "y": matmul(5, 8, 7, 2, Precision(16, 16)),
         "z": matmul(5, 4, 3, 1, Precision(16, 16)),
         "v": matmul(10, 7, 6, 1, bits),
+        "o": matmul(5, 8, 7, 2, Precision(16, 16)),
     }
 
 

@@ -8,16 +8,12 @@ answers in common, seconds.  Some ten minutes.  Run from the repository:
 
 from __future__ import annotations
 
-import datetime
-import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import numpy as np
+from record import record
 
 from qtools.npu import htp
 from qtools.npu.integer import IntegerNetwork
@@ -75,9 +71,7 @@ def main() -> None:
             values["classifier_htp_over_integer"] = (
                 values["classifier_htp_seconds"] / values["classifier_integer_seconds"]
             )
-    cpu = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores; {htp.status().reason}"
-    content = {"values": values, "cpu": cpu, "date": datetime.date.today().isoformat()}
-    Path(sys.argv[1]).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    record(sys.argv[1], values, htp.status().reason)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,10 @@ python data/recipes/more_samples.py data/results/measured/03_samples.json
 
 from __future__ import annotations
 
-import datetime
-import json
-import os
-import platform
 import sys
-from pathlib import Path
 
 import onnxruntime as ort
+from record import record
 
 from qtools import zoo
 from qtools.ptq import fuse, graph
@@ -41,11 +37,9 @@ def curve() -> dict[str, float]:
 
 def main() -> None:
     """Write the curve where the chapter looks for it."""
-    values = {key: float(value) for key, value in curve().items()}
+    values = curve()
     print(values)
-    cpu = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-    content = {"values": values, "cpu": cpu, "date": datetime.date.today().isoformat()}
-    Path(sys.argv[1]).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    record(sys.argv[1], values)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,10 @@ Some minutes.  Run from the repository:
 
 from __future__ import annotations
 
-import datetime
-import json
-import os
-import platform
 import sys
-from pathlib import Path
 
 import numpy as np
+from record import record
 
 from qtools import zoo
 from qtools.metrics import sqnr_db
@@ -76,11 +72,9 @@ def recognizer(lines: int = 8) -> dict[str, float]:
 
 def main() -> None:
     """Write the results where the chapter looks for them."""
-    values = {key: float(value) for key, value in (classifier() | recognizer()).items()}
+    values = classifier() | recognizer()
     print(values)
-    cpu = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores; {htp.status().reason}"
-    content = {"values": values, "cpu": cpu, "date": datetime.date.today().isoformat()}
-    Path(sys.argv[1]).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    record(sys.argv[1], values, htp.status().reason)
 
 
 if __name__ == "__main__":

@@ -7,19 +7,15 @@ About twenty minutes and up to 7 GB (ONNX Runtime's calibration).  Run from the 
 
 from __future__ import annotations
 
-import datetime
-import json
-import os
-import platform
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx.version_converter
 import onnxruntime as ort
+from record import ahead, means, record
 
 from qtools import zoo
 from qtools.ptq import fuse, graph
@@ -117,22 +113,17 @@ def table() -> dict[str, float]:
             hits[name].append(right(network, inputs, texts, alphabet))
             found[f"{name}_{seed}"] = 100 * hits[name][-1].mean()
             print(seed, name, f"{found[f'{name}_{seed}']:.1f} %", flush=True)
-    every = {name: np.concatenate(parts).astype(float) for name, parts in hits.items()}
-    found |= {f"{name}_mean": 100 * values.mean() for name, values in every.items()}
-    for name in networks:
-        for other in ("onnxruntime", "float"):
-            ahead = 100 * (every[name] - every[other])
-            found[f"{name}_ahead_of_{other}"] = ahead.mean()
-            found[f"{name}_ahead_of_{other}_95"] = 1.96 * ahead.std() / np.sqrt(len(ahead))
-    return found
+    return (
+        found
+        | means(hits)
+        | ahead(hits, "onnxruntime", "ahead_of_onnxruntime")
+        | ahead(hits, "float", "ahead_of_float")
+    )
 
 
 def main() -> None:
     """Write the table where the chapter looks for it."""
-    values = {key: float(value) for key, value in table().items()}
-    cpu = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-    content = {"values": values, "cpu": cpu, "date": datetime.date.today().isoformat()}
-    Path(sys.argv[1]).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    record(sys.argv[1], table())
 
 
 if __name__ == "__main__":

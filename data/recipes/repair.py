@@ -7,19 +7,12 @@ Some twenty minutes and 1 GB.  Run from the repository:
 
 from __future__ import annotations
 
-import datetime
-import json
-import os
-import platform
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parent))  # its neighbour
 from recognizer import LINES, SEEDS, SHAPE, right
+from record import ahead, means, record
 
 from qtools import zoo
 from qtools.encodings import Rule
@@ -80,21 +73,12 @@ def table() -> dict[str, float]:
             hits[name].append(right(network, inputs, texts, alphabet))
             values[f"{name}_{seed}"] = 100 * float(hits[name][-1].mean())
             print(seed, name, values[f"{name}_{seed}"], flush=True)
-    every = {name: np.concatenate(parts).astype(float) for name, parts in hits.items()}
-    for name, one in every.items():
-        ahead = 100 * (one - every["float"])
-        values[f"{name}_mean"] = 100 * one.mean()
-        values[f"{name}_ahead"] = ahead.mean()
-        values[f"{name}_ahead_95"] = 1.96 * ahead.std() / np.sqrt(len(ahead))
-    return values
+    return values | means(hits) | ahead(hits, "float", "ahead")
 
 
 def main() -> None:
     """Write the table where the chapter looks for it."""
-    values = {key: float(value) for key, value in table().items()}
-    cpu = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-    content = {"values": values, "cpu": cpu, "date": datetime.date.today().isoformat()}
-    Path(sys.argv[1]).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    record(sys.argv[1], table())
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import least_squares, nnls
 
+from qtools._files import replace_json
 from qtools.npu import roofline, soc
 from qtools.npu.roofline import PRECISIONS, Transformer
 
@@ -372,11 +373,9 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "parameters": parameters, "out_of_fold": table, "compared": compared, "ladder": ladder(),
         "three_left_out": leave_three_out(rows), "other_phones": carried(), "decoders": llms,
-        # 602.1 GMAC in 8 bits: AI Hub's U-Net runs faster than the fitted matrix unit alone would.
-        "unet_w8a8": {"published_ms": 2 * 602.1 / 46.2, "matrix_unit_alone_ms": 602.1 / fitted[1]},
         "this_computer": measured,
     }  # fmt: skip
-    args.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    replace_json(args.output, content)
     print(json.dumps(content["values"], indent=1))
 
 

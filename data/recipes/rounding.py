@@ -8,15 +8,13 @@ which AdaRound takes most.  Run from the repository:
 
 from __future__ import annotations
 
-import datetime
-import json
-import os
-import platform
+import itertools
 import sys
 import time
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
+from record import record
 
 from qtools import zoo
 from qtools.affine import Grid, fake_quantize
@@ -64,40 +62,39 @@ def quantized(network: object, samples: list, bits: tuple[int, int], channel: bo
     return write_simulation(network, acts, params, tensors)
 
 
+def wanted() -> Iterator[tuple[str, bool, tuple[int, int], str, str, tuple[int, ...]]]:
+    """Variant, whether equalized, bits, granularity, method and seeds; AdaRound only where others report it, once."""
+    grains = ("channel", "tensor")
+    for variant, cle, bits, grain, method in itertools.product(
+        ("mini", "skew"), (False, True), SCHEMES, grains, METHODS
+    ):
+        if method != "adaround":
+            yield variant, cle, bits, grain, method, SEEDS
+        elif variant == "mini" and not cle and bits in ((4, 8), (3, 8)):
+            yield variant, cle, bits, grain, method, SEEDS[:1]
+
+
 def main() -> None:
     """Write the results where the chapter looks for them."""
     train, _, images, labels = zoo.digits()
+    networks = {(variant, cle): prepared(variant, cle) for variant in ("mini", "skew") for cle in (False, True)}
+    real = {variant: Runner(networks[variant, False], ["output"])({"input": images})[0] for variant in ("mini", "skew")}
     values: dict[str, float] = {}
-    for variant in ("mini", "skew"):
-        reference = Runner(prepared(variant, False), ["output"])({"input": images})[0]
-        for cle in (False, True):
-            network = prepared(variant, cle)
-            for bits in SCHEMES:
-                for grain in ("channel", "tensor"):
-                    for method in METHODS:
-                        found = []
-                        for seed in SEEDS[: 1 if method == "adaround" else 3]:
-                            chosen = np.random.default_rng(1000 + seed).choice(1257, 256, replace=False)
-                            samples = [{"input": part} for part in np.split(train[chosen], 4)]
-                            start = time.perf_counter()
-                            if method == "adaround" and (variant == "skew" or cle or bits not in ((4, 8), (3, 8))):
-                                continue
-                            model = quantized(network, samples, bits, grain == "channel", method)
-                            seconds = time.perf_counter() - start
-                            out = Runner(model, ["output"])({"input": images})[0]
-                            found.append((sqnr_db(reference, out), 100 * np.mean(out.argmax(1) == labels), seconds))
-                        if found:
-                            key = f"{variant}{'_cle' * cle}_w{bits[0]}a{bits[1]}_{grain}_{method}"
-                            for name, value in zip(("db", "right", "seconds"), np.mean(found, axis=0)):
-                                values[f"{key}_{name}"] = round(float(value), 3)
-                            print(key, *np.mean(found, axis=0).round(2), flush=True)
-    content = {
-        "values": values,
-        "command": "python data/recipes/rounding.py data/results/measured/03_rounding.json",
-        "cpu": f"{platform.machine()}, {os.cpu_count()} cores",
-        "date": datetime.date.today().isoformat(),
-    }
-    Path(sys.argv[1]).write_text(json.dumps(content, indent=1) + "\n")
+    for variant, cle, bits, grain, method, seeds in wanted():
+        found = []
+        for seed in seeds:
+            chosen = np.random.default_rng(1000 + seed).choice(1257, 256, replace=False)
+            samples = [{"input": part} for part in np.split(train[chosen], 4)]
+            start = time.perf_counter()
+            model = quantized(networks[variant, cle], samples, bits, grain == "channel", method)
+            seconds = time.perf_counter() - start
+            out = Runner(model, ["output"])({"input": images})[0]
+            found.append((sqnr_db(real[variant], out), 100 * np.mean(out.argmax(1) == labels), seconds))
+        key = f"{variant}{'_cle' * cle}_w{bits[0]}a{bits[1]}_{grain}_{method}"
+        for name, value in zip(("db", "right", "seconds"), np.mean(found, axis=0)):
+            values[f"{key}_{name}"] = round(float(value), 3)
+        print(key, *np.mean(found, axis=0).round(2), flush=True)
+    record(sys.argv[1], values)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,8 @@ python data/recipes/zero_copy.py data/results/measured/08_zero_copy.json
 
 from __future__ import annotations
 
-import datetime
 import gc
-import json
 import os
-import platform
 import re
 import socket
 import struct
@@ -21,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from record import record
 
 from qtools.npu.buffers import Buffer
 
@@ -54,9 +52,10 @@ def serve(connection: socket.socket) -> None:
         connection.sendall(bytes([data[0], data[-1]]))
         memory, start = own_memory() - before, time.perf_counter()
         int(data.view(np.uint64).max())
-        connection.sendall(_REPORT.pack(memory, time.perf_counter() - start))
-        del data  # or the next one would be counted from here
+        reading = time.perf_counter() - start
+        del data  # nothing is left to be done when the next one comes
         old.close()
+        connection.sendall(_REPORT.pack(memory, reading))
 
 
 def received(connection: socket.socket) -> np.ndarray:
@@ -161,9 +160,7 @@ def main() -> None:
     if sys.argv[1] == "--serve":
         return serve(socket.socket(fileno=int(sys.argv[2])))
     load, values = os.getloadavg()[0], measure()
-    cpu = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-    content = {"values": values, "cpu": cpu, "date": datetime.date.today().isoformat(), "load": load}
-    Path(sys.argv[1]).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    record(sys.argv[1], values, load=load)
 
 
 if __name__ == "__main__":

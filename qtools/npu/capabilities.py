@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from qtools._files import replace_json
 from qtools.affine import Grid, QParams, choose_and_quantize, choose_lpbq, choose_qparams, quantize
 from qtools.metrics import sqnr_db
 from qtools.npu import htp
@@ -199,9 +200,7 @@ def read(content: Mapping[str, Any], arches: Iterable[str] = htp.SOC_OF_ARCH) ->
 
 def write(content: Mapping[str, Any]) -> None:
     """Renew the committed table."""
-    beside = TABLE.with_name(f".{TABLE.name}.new")
-    beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, TABLE)
+    replace_json(TABLE, content)
 
 
 def show(answers: Mapping[Probe, Mapping[str, Answer]]) -> str:

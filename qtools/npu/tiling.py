@@ -123,7 +123,7 @@ def from_onnx(model: onnx.ModelProto, precision: Precision = _W8A8) -> dict[str,
 
 def _from_node(op: str, left: tuple, right: tuple, given: Mapping[str, Any], bits: Precision) -> Conv:
     if op != "Conv":
-        left, right = (1, *left[:: -1 if given.get("transA") else 1]), right[:: -1 if given.get("transB") else 1]
+        left = (1, *left[:: -1 if given.get("transA") else 1])
         heads = math.prod(right[:-2])  # each has a matrix of its own on the right
         rows, depth = max(math.prod(left[:-1]) // heads, left[-2]), left[-1]
         return matmul(rows, depth, math.prod(right[-2:]) // depth, heads, bits)
@@ -171,17 +171,18 @@ def tiling(conv: Conv, tile: tuple[int, int, int, int], order: Order) -> Tiling:
 
 
 def best(conv: Conv, vtcm: float = VTCM, order: Order | None = None) -> Tiling:
-    """The tiling with the least traffic, of one order or of all; of several the one with the fewest tiles.
+    """The tiling with the least traffic, of one order or of all.
 
     Of all sizes that cut an axis into as many tiles only the most even one is tried: others need more room, and move
-    less by what halo they put into the padding at most.  Raises ValueError if no tile fits into `vtcm` bytes.
+    less by what halo they put into the padding at most.  Among equals of an order, the one that cuts the depth least is
+    taken, then the one with the fewest tiles.  Raises ValueError if no tile fits into `vtcm` bytes.
     """
     even = ({math.ceil(size / count) for count in range(1, size + 1)} for size in conv.whole)
     rows, columns, channels, depths = (sorted(steps, reverse=True) for steps in even)
-    pairs = [(row, column) for row in rows for column in columns]
+    pairs = [(row, column) for column in columns for row in rows]  # strips of whole rows before others
     pixels = np.array([_pixels(conv, *pair) for pair in pairs]).T[:, :, None]
     wide, bound = np.array(channels), 8 * tiling(conv, conv.whole, order or "output").moved.total
-    found: tuple[float, float, Tile, Order] | None = None
+    found: tuple[float, Tile, Order] = np.inf, conv.whole, "output"
     for depth in depths:  # the whole depth first, which needs no partial sums
         for name in [order] if order else _NESTS:
             tiles, room, *moved = _cost(conv, pixels, wide, depth, name)
@@ -189,13 +190,13 @@ def best(conv: Conv, vtcm: float = VTCM, order: Order | None = None) -> Tiling:
             least = float(total.min())
             few = np.where(total == least, tiles, np.inf)
             at = np.unravel_index(few.argmin(), few.shape)
-            if least < np.inf and (found is None or (least, few[at]) < found[:2]):
-                found = least, few[at], Tile(*pairs[at[0]], channels[at[1]], depth), name
-        if found and found[0] <= bound:
+            if least < found[0]:
+                found = least, Tile(*pairs[at[0]], channels[at[1]], depth), name
+        if found[0] <= bound:
             break
-    if found is None:
+    if found[0] == np.inf:
         raise ValueError(f"no tile of this layer fits into {vtcm} bytes of VTCM")
-    return tiling(conv, *found[2:])
+    return tiling(conv, *found[1:])
 
 
 def _windows(conv: Conv, axis: int) -> tuple[np.ndarray, np.ndarray]:

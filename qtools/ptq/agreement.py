@@ -6,7 +6,6 @@ The float simulation (the QDQ network in ONNX Runtime, its optimizations off) is
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qtools import affine, zoo
+from qtools._files import replace_json
 from qtools.affine import Grid
 from qtools.npu import htp, integer
 from qtools.ptq import fuse, graph
@@ -337,9 +337,7 @@ def recorded() -> dict[str, Any]:
 
 def write(content: Mapping[str, Any]) -> None:
     """Renew the committed table."""
-    beside = TABLE.with_name(f".{TABLE.name}.new")
-    beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, TABLE)
+    replace_json(TABLE, content)
 
 
 def show(content: Mapping[str, Any]) -> str:

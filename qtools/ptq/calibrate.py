@@ -150,7 +150,7 @@ class Calibration:
 
     def save(self, path: Path | str) -> None:
         """Write an ``.npz`` file, all or nothing, from which `load` makes the same calibration again."""
-        from qtools.suite.results import replace_file
+        from qtools._files import replace_file
 
         kept = [tally.arrays() for tally in self._tallies.values()]
         arrays = {key: np.stack([entry[key] for entry in kept]) for key in kept[0]}

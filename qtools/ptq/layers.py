@@ -279,7 +279,7 @@ class Progress:
         """A layer is finished; the old file is there until the new one is."""
         from safetensors.numpy import save
 
-        from qtools.suite.results import replace_file
+        from qtools._files import replace_file
 
         self.notes[layer] = note
         self.arrays |= arrays

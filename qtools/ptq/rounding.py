@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 CLIPS = tuple(np.linspace(0.4, 1.1, 15).round(2).tolist())
 """Factors of scales that are worth trying."""
 
+_SMALL = 1 << 18  # weights; below that threads of torch wait for each other longer than they work
+
 
 @dataclass(frozen=True, eq=False)
 class Problem:
@@ -218,17 +220,22 @@ class AdaRound:
         floor, target, scale, gram, free = (torch.tensor(part, dtype=torch.float32) for part in parts)
         inside = (floor >= low) & (floor < high)
         adam = torch.optim.Adam([free], self.rate, fused=True)
-        for iteration in range(self.iterations):
-            share = free.sigmoid()
-            up = (1.2 * share - 0.1).clamp_(0, 1)
-            slope = (((floor + up).clamp_(low, high) - target).mul_(scale) @ gram).mul_(2 * scale)
-            if (done := iteration / self.iterations - self.warm) >= 0:
-                swing = (1 + np.cos(np.pi * done / (1 - self.warm))) / 2
-                beta = self.beta[1] + (self.beta[0] - self.beta[1]) * swing
-                aside = 2 * up - 1
-                slope -= 2 * self.price * beta * aside.abs().pow_(beta - 1).copysign_(aside)
-            free.grad = slope * (share - share * share) * ((up > 0) & (up < 1) & inside)
-            adam.step()
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1 if free.numel() < _SMALL else threads)
+        try:
+            for iteration in range(self.iterations):
+                share = free.sigmoid()
+                up = (1.2 * share - 0.1).clamp_(0, 1)
+                slope = (((floor + up).clamp_(low, high) - target).mul_(scale) @ gram).mul_(2 * scale)
+                if (done := iteration / self.iterations - self.warm) >= 0:
+                    swing = (1 + np.cos(np.pi * done / (1 - self.warm))) / 2
+                    beta = self.beta[1] + (self.beta[0] - self.beta[1]) * swing
+                    aside = 2 * up - 1
+                    slope -= 2 * self.price * beta * aside.abs().pow_(beta - 1).copysign_(aside)
+                free.grad = slope * (share - share * share) * ((up > 0) & (up < 1) & inside)
+                adam.step()
+        finally:
+            torch.set_num_threads(threads)
         return problem.better(np.clip(down + zero_point + (free.numpy() >= 0), low, high))
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from qtools._files import replace_file
 from qtools.affine import LPBQ, QParams, fake_quantize
 from qtools.encodings import Encoding, Rule
 from qtools.ptq.calibrate import Calibration
@@ -24,7 +25,6 @@ from qtools.ptq.fuse import View
 from qtools.ptq.graph import replace_weights
 from qtools.ptq.stages import Stages, State
 from qtools.ptq.write import quantized_tensors, write_qdq
-from qtools.suite.results import replace_file
 
 if TYPE_CHECKING:
     import onnx

@@ -14,10 +14,11 @@ import math
 import os
 import platform
 import re
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+from qtools._files import replace_file
 
 ROOT = Path(__file__).resolve().parents[2]
 Source = Literal["computed", "simulated", "HTP backend (emulated)", "published", "measured here"]
@@ -251,22 +252,6 @@ class Chapter:
     def _write(self, path: str, content: bytes) -> None:
         if self._out is not None:
             replace_file(self._out / path, content)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file beside its place and rename it, so that no reader ever sees half of it; equal bytes stay."""
-    if path.is_file() and path.read_bytes() == content:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(beside, 0o644)
-        os.replace(beside, path)
-    except BaseException:
-        os.unlink(beside)
-        raise
 
 
 def _plain_number(key: str, value: Any) -> float | int:

@@ -21,7 +21,7 @@ import numpy as np
 
 from qtools import affine
 from qtools.affine import Grid
-from tests.benchmarks import buffers, calibration, integer, peers, rounding
+from tests.benchmarks import buffers, calibration, integer, mixed_precision, peers, rounding
 
 SHAPE = (4096, 11008)  # a down projection of Llama 2 7B
 CASES = {
@@ -127,7 +127,7 @@ def quantizers(rounds: int) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
-    parts = ("quantizers", "calibration", "rounding", "integer", "buffers")
+    parts = ("quantizers", "calibration", "rounding", "integer", "buffers", "mixed_precision")
     parser.add_argument("part", nargs="?", choices=parts, help="by default all")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--lines", type=int, default=100, help="to calibrate with; the aim is for 200")
@@ -138,6 +138,7 @@ def main() -> int:
     missed += rounding.bench(options.lines) if options.part in (None, "rounding") else []
     missed += integer.bench() if options.part in (None, "integer") else []
     missed += buffers.bench(options.rounds) if options.part in (None, "buffers") else []
+    missed += mixed_precision.bench() if options.part in (None, "mixed_precision") else []
     print("\n".join(["aims missed:", *missed] if missed else ["every aim met"]))
     return int(bool(missed) and options.check)
 
