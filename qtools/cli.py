@@ -48,6 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     add_agreement(commands)
     add_roofline(commands)
     add_search(commands)
+    report = commands.add_parser("report", help="write the ledger of all claims as one HTML page")
+    report.add_argument("-o", "--output", type=Path, metavar="FILE", help="instead of report.html in the repository")
+    report.set_defaults(command=_report)
     check = commands.add_parser("check", help="say what is installed, and how to mend what is missing")
     check.set_defaults(command=_check)
     return parser
@@ -137,6 +140,17 @@ def _capabilities(args: argparse.Namespace) -> int:
         capabilities.write(content)
     print(f"HTP backend (emulated), {content['with']}\n")
     print(capabilities.show(capabilities.read(content, arches)))
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from qtools.suite import ledger
+
+    try:
+        print(ledger.report(ROOT, args.output))
+    except (ValueError, OSError) as error:
+        print(f"qtools report: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -226,6 +226,16 @@ def stage(folder: Path, *names: str) -> Path:
     return folder / "stage"
 
 
+def test_a_chapter_of_the_others_results_runs_when_all_have_ended(tmp_path: Path) -> None:
+    waits = "import time, pathlib; time.sleep(2)\n" + WRITES.format(n="02")
+    path = write_notebook(tmp_path / "notebooks/01_one.ipynb", "open('../data/results/02.json').read()")
+    notebook = nbformat.read(path, as_version=4)
+    notebook.metadata["qtools"] = {"reads_results": True}
+    nbformat.write(notebook, path)
+    write_notebook(tmp_path / "notebooks/02_two.ipynb", waits)
+    assert run(tmp_path, jobs=2) == 0
+
+
 def test_a_file_of_another_chapter_is_refused_before_anything_moves(tmp_path: Path) -> None:
     with pytest.raises(Failure, match=r"figures/02_x\.png"):
         publish(stage(tmp_path, "figures/01_x.png", "figures/02_x.png"), "01_one", tmp_path / "repo", tmp_path / "repo")

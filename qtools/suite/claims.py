@@ -50,12 +50,13 @@ class Possible(pydantic.BaseModel, extra="forbid"):
 
 
 class Claim(pydantic.BaseModel, extra="forbid"):
-    """One claim of the article: its words in English, its numbers, and the verdicts it may get."""
+    """One claim of the article: its words in English, its numbers, a figure of it, and the verdicts it may get."""
 
     id: str = pydantic.Field(pattern=r"^C\d\d$")
     section: str
     claim: str
     article: dict[str, float] = {}
+    figure: str | None = None
     verdicts: list[Possible] = pydantic.Field(min_length=1)
 
 

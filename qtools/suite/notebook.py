@@ -33,6 +33,11 @@ def parameters_of(path: Path) -> set[str]:
     return set(re.findall(r"^(\w+)\s*(?::[^=\n]+)?=(?!=)", source, re.MULTILINE))
 
 
+def reads_results(path: Path) -> bool:
+    """Whether it reads what other chapters leave: its metadata say ``{"qtools": {"reads_results": true}}``."""
+    return bool(_read(path).metadata.get("qtools", {}).get("reads_results"))
+
+
 def code_cells(path: Path) -> int:
     """Count the cells that will be executed."""
     return sum(cell.cell_type == "code" and bool(cell.source.strip()) for cell in _read(path).cells)

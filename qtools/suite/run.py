@@ -21,7 +21,8 @@ import psutil
 from tqdm import tqdm
 
 from qtools._signals import collected
-from qtools.suite.notebook import Failure, cells_done, code_cells, failure, parameters_of, tidy
+from qtools.suite import ledger
+from qtools.suite.notebook import Failure, cells_done, code_cells, failure, parameters_of, reads_results, tidy
 from qtools.zoo.fetch import fetch_required
 
 STAGING = ".qtools-staging-"
@@ -40,6 +41,7 @@ class Task:
     stage: Path
     params: Mapping[str, str]
     cells: int
+    last: bool = False
     done: int = 0
     seconds: float = 0.0
     figures: int = 0
@@ -113,6 +115,8 @@ def run(
     if caught:
         print("interrupted: the chapters that had not finished stay as they were", file=sys.stderr)
         return 130
+    if target == root and (root / "data/claims.yaml").is_file():
+        print(f"\nthe ledger of all claims: {ledger.report(root).relative_to(root)}")
     return 0 if all(task.result == "ok" for task in tasks) else 1
 
 
@@ -148,7 +152,7 @@ def _check_params(params: Mapping[str, str], known: Mapping[Path, set[str]]) -> 
 
 def _task(source: Path, staging: Path, params: Mapping[str, str], known: set[str]) -> Task:
     own = {name: value for name, value in params.items() if name in known}
-    return Task(source, staging / source.stem, own, code_cells(source))
+    return Task(source, staging / source.stem, own, code_cells(source), reads_results(source))
 
 
 @contextmanager
@@ -165,11 +169,11 @@ def _staging(root: Path) -> Iterator[Path]:
 
 
 def _run_all(tasks: list[Task], jobs: int, finish: "partial[None]", caught: list[int]) -> None:
-    waiting, running = list(tasks), []
+    waiting, running = sorted(tasks, key=lambda task: task.last), []  # a chapter of the others' results waits for them
     bar = tqdm(total=sum(task.cells for task in tasks), unit="cell", disable=None, leave=False)
     try:
         while (waiting or running) and not caught:
-            while waiting and len(running) < jobs:
+            while waiting and len(running) < jobs and not (waiting[0].last and running):
                 running.append(_start(waiting.pop(0)))
             time.sleep(_POLL_SECONDS)
             for task in [task for task in running if task.process.poll() is not None]:
