@@ -18,7 +18,7 @@ from onnx import helper, parser
 
 from qtools import cli, zoo
 from qtools.npu import roofline, soc
-from qtools.npu.roofline import PRECISIONS, DecoderBits, Layer
+from qtools.npu.roofline import PRECISIONS, Layer
 from qtools.ptq import convert, fuse, graph
 from qtools.zoo import shapes
 
@@ -440,51 +440,6 @@ def test_other_phones_by_ratios_alone():
         rates = soc.rates(entry["soc"], entry["precision"])
         seconds = roofline.predict(roofline.from_table(entry["network"]), PRECISIONS[entry["precision"]], rates).seconds
         assert 1e3 * seconds == pytest.approx(entry["ms"])
-
-
-# -- language models ---------------------------------------------------------------------------------------------------
-
-
-def weight_bytes(bits: DecoderBits) -> float:
-    layers = roofline.decoder_layers(roofline.LLAMA2_7B, 1, 1024, bits)
-    return sum(one.weights * one.weight_bits / 8 + one.cache for one in layers if one.weights)
-
-
-def test_llama_reads_6_607e9_weights_for_a_token():
-    layers = roofline.decoder_layers(roofline.LLAMA2_7B, 1, 1024)
-    weights = sum(layer.weights for layer in layers)
-    assert weights == 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 4096 * 32000 == 6_607_077_376
-    assert sum(layer.macs for layer in layers) == weights + 32 * 2 * 1024 * 4096
-    cache = sum(layer.cache for layer in layers if layer.op == "attention")
-    assert cache == 2 * 32 * 1024 * 4096  # keys and values, 8 bits
-
-
-@pytest.mark.parametrize(
-    ("bits", "least"),
-    [(DecoderBits(8, 8, 8, 8), 132.1), (DecoderBits(4, 4, 8, 8), 67.4), (DecoderBits(4, 4, 8, 8, 128), 69.5),
-     (DecoderBits(4, 8, 8, 8), 110.7)],
-)  # fmt: skip
-def test_what_a_token_takes_at_50_gigabytes_a_second(bits, least):
-    assert 1e3 * weight_bytes(bits) / 50e9 == pytest.approx(least, abs=0.11)
-
-
-def test_llama_on_the_8_gen_3_without_being_fitted():
-    first, token = roofline.decoder_seconds(roofline.LLAMA2_7B, S24["w4a16"], 1024, 1024)
-    assert 1 / token == pytest.approx(12.85, rel=0.15) and first == pytest.approx(1.496, rel=0.2)
-    assert 1 / token == pytest.approx(FIT["values"]["llama_tokens_per_s"])
-    for entry in FIT["decoders"]:
-        assert entry["tokens_per_s"] == pytest.approx(entry["published_tokens_per_s"], rel=0.2)
-
-
-def test_longer_contexts_wider_weights_and_more_tokens_take_longer():
-    def token(context=1024, bits=roofline.W4A16, tokens=1):
-        layers = roofline.decoder_layers(roofline.LLAMA2_7B, tokens, context, bits)
-        return roofline.predict(layers, PRECISIONS["w4a16"], S24["w4a16"]).seconds
-
-    assert token() < token(4096) and token() < token(bits=DecoderBits(8, 8, 8, 8)) and token() < token(tokens=128)
-    assert token(4096, DecoderBits(4, 4, 8, 4)) < token(4096) < token(4096, DecoderBits(4, 4, 8, 16))
-    with pytest.raises(ValueError, match="between 1 and the context of 8, got 9"):
-        roofline.decoder_layers(roofline.LLAMA2_7B, 9, 8)
 
 
 # -- this computer and the command -------------------------------------------------------------------------------------

@@ -30,8 +30,10 @@ import numpy as np
 from scipy.optimize import least_squares, nnls
 
 from qtools._files import replace_json
+from qtools.llm import decode
+from qtools.llm.decode import Transformer
 from qtools.npu import roofline, soc
-from qtools.npu.roofline import PRECISIONS, Transformer
+from qtools.npu.roofline import PRECISIONS
 
 DATA = Path(__file__).resolve().parents[1]
 SCALE = 0.05  # larger residuals are outliers: a latency changes by 4 to 5 % from one AI Hub release to the next
@@ -60,10 +62,10 @@ ON_PHONES = {
 }  # fmt: skip
 # Context, chip, tokens a second, seconds to the first of 1,024 tokens; w4a16 as Qualcomm exports it.
 DECODERS = (
-    ("Llama-2-7B", roofline.LLAMA2_7B, 1024, "sm8650", 12.85, 1.496),
-    ("Llama-2-7B", roofline.LLAMA2_7B, 1024, "sm8750", 17.94, 1.440),
-    ("Llama-2-7B", roofline.LLAMA2_7B, 1024, "sc8380xp", 11.20, 1.919),
-    ("Llama-2-7B", roofline.LLAMA2_7B, 1024, "sm8550", 8.5, None),  # an early export; the sm8650 made 9.5 with it
+    ("Llama-2-7B", decode.LLAMA2_7B, 1024, "sm8650", 12.85, 1.496),
+    ("Llama-2-7B", decode.LLAMA2_7B, 1024, "sm8750", 17.94, 1.440),
+    ("Llama-2-7B", decode.LLAMA2_7B, 1024, "sc8380xp", 11.20, 1.919),
+    ("Llama-2-7B", decode.LLAMA2_7B, 1024, "sm8550", 8.5, None),  # an early export; the sm8650 made 9.5 with it
     ("Llama-3.2-1B", Transformer(16, 2048, 32, 8, 8192, 128256), 4096, "sm8750", 64.1, None),
     ("Llama-3.2-3B", Transformer(28, 3072, 24, 8, 8192, 128256), 4096, "sm8750", 28.0, None),
     ("Llama-3-8B", Transformer(32, 4096, 32, 8, 14336, 128256), 4096, "sm8750", 14.7, None),
@@ -256,12 +258,12 @@ def decoders() -> list[dict[str, Any]]:
     found = []
     for name, model, context, chip, published, first in DECODERS:
         rates = soc.rates(chip, "w4a16")
-        to_first, token = roofline.decoder_seconds(model, rates, context, 1024)
+        to_first, token = decode.seconds(model, rates, context, 1024)
         entry = dict(model=name, soc=chip, context=context, published_tokens_per_s=published, tokens_per_s=1 / token)
         entry |= dict(published_first_s=first, first_s=to_first)
         for factor, word in ((0.5, "half"), (2, "twice")):
             slower = replace(rates, node=rates.node * factor)
-            to_first, token = roofline.decoder_seconds(model, slower, context, 1024)
+            to_first, token = decode.seconds(model, slower, context, 1024)
             entry |= {f"tokens_per_s_{word}_node": 1 / token, f"first_s_{word}_node": to_first}
         found.append(entry)
     return found

@@ -261,7 +261,7 @@ def plain(op: str) -> str:
     return re.sub(r"^(native|adaptive|global|reduce)|[123]d$", "", op)
 
 
-def _simple(name: str, op: str, read: int, written: int, weights: int = 0, nodes: int = 1) -> Layer:
+def simple_layer(name: str, op: str, read: int, written: int, weights: int = 0, nodes: int = 1) -> Layer:
     """A layer without multiply-accumulates."""
     group = _GROUP.get(plain(op))
     kind: Kind = group if group in ("move", "concat") else "vector"
@@ -293,7 +293,7 @@ def from_rows(rows: Sequence[Mapping[str, Any]]) -> Network:
             raise ValueError(f"layer {index} must have a kernel and whole numbers as {', '.join(keys)}") from None
         if min(numbers) < 0 or kernel < 1:
             raise ValueError(f"layer {index} has a negative number")
-        layer = replace(_simple(f"{index}", row["op"], read, written, weights), macs=macs)
+        layer = replace(simple_layer(f"{index}", row["op"], read, written, weights), macs=macs)
         if "dot_product" in row["op"]:
             builder.layers += _attention(layer)
             continue
@@ -320,7 +320,7 @@ def _attention(layer: Layer) -> list[Layer]:
     """Scores, scale or mask, softmax and mixture, of one attention operator."""
     scores, part = layer.macs // (2 * _HEAD_DIM), layer.inputs // 3
     first = replace(layer, op="attention", kind="matrix", macs=layer.macs // 2, inputs=2 * part, outputs=scores)
-    between = [_simple(layer.name, op, scores, scores) for op in ("mul", "softmax")]
+    between = [simple_layer(layer.name, op, scores, scores) for op in ("mul", "softmax")]
     return [first, *between, replace(first, inputs=scores + part, outputs=layer.outputs)]
 
 
@@ -370,7 +370,7 @@ def _onnx_layer(node: onnx.NodeProto, index: int, shapes: Mapping[str, tuple[int
     fixed = sum(math.prod(shapes[name]) for name in node.input if name and name not in computed)
     written = sum(math.prod(shapes[name]) for name in node.output if name in shapes)
     op, result = node.op_type, shapes[node.output[0]]
-    layer = _simple(node.name or f"{op}.{index}", op, read, written, fixed)
+    layer = simple_layer(node.name or f"{op}.{index}", op, read, written, fixed)
     if layer.kind == "move":  # its constants are indices, or a table of which it reads what it writes
         return replace(layer, weights=0, inputs=read if node.input[0] in computed else written)
     if _GROUP.get(plain(op)) != "matrix" or op == "Attention":
@@ -428,90 +428,6 @@ def _torch_row(op: str, args: Any, read: Mapping[bool, int], result: Any) -> dic
     elif "dot_product" in op:
         row["macs"] = 2 * args[0].numel() * args[1].shape[-2]
     return row
-
-
-class Transformer(NamedTuple):
-    """A decoder like Llama: RMSNorm, rotary positions, grouped heads, gated feed-forward."""
-
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    ffn: int
-    vocab: int
-
-
-LLAMA2_7B = Transformer(32, 4096, 32, 32, 11008, 32000)
-"""H. Touvron et al., Llama 2, arXiv 2307.09288: 6.607e9 weights in matrices, all read for every token."""
-
-
-class DecoderBits(NamedTuple):
-    """Bits of a decoder's weights and of its key-value cache; `group` weights share a 16-bit scale (0: none)."""
-
-    attention: int
-    ffn: int
-    head: int
-    cache: int
-    group: int = 0
-
-
-W4A16 = DecoderBits(4, 4, 8, 8)
-"""As in Qualcomm's exports."""
-
-
-def decoder_layers(model: Transformer, tokens: int, context: int, bits: DecoderBits = W4A16) -> list[Layer]:
-    """A run over `tokens` new tokens with a static cache of `context` tokens, attention split into its heads.
-
-    So Qualcomm exports these models (AI Hub Models, llama_v2_7b_chat_quantized/README.md).  Each head has the operators
-    of ONNX's opset 23: three projections, two rotations, new keys and values converted to the width of the cache and
-    appended to it, scores, mask, softmax, mixture.  Raises ValueError if there are no tokens, or more than the context.
-    """
-    if not 1 <= tokens <= context:
-        raise ValueError(f"tokens must be between 1 and the context of {context}, got {tokens}")
-    hidden, heads, kv, side = model.hidden, model.heads, model.kv_heads, model.hidden // model.heads
-
-    def product(name: str, depth: int, channels: int, width: int, nodes: int = 1) -> Layer:
-        size = depth * channels
-        scales = 2 * size // bits.group if bits.group else 0
-        layer = Layer(name, "linear", "matrix", tokens * size, size, tokens * depth, tokens * channels)
-        return replace(layer, rows=tokens, depth=depth, channels=channels, nodes=nodes, weight_bits=width, cache=scales)
-
-    def simple(op: str, read: int, written: int, nodes: int = 1) -> Layer:
-        return _simple(op, op, read, written, nodes=nodes)
-
-    states, scores, wide, new = tokens * hidden, heads * tokens * context, tokens * model.ffn, tokens * side
-    stored = context * kv * side * bits.cache // 8  # bytes of the keys; as many are values
-    mix = Layer("attention", "attention", "matrix", scores * side, rows=tokens, nodes=heads, cache=stored)
-    norm, residual = simple("rmsnorm", states, states), simple("add", 2 * states, states)
-    block = [
-        norm,
-        product("qkv", hidden, side * (heads + 2 * kv), bits.attention, heads + 2 * kv),
-        simple("rotate", new * (heads + kv), new * (heads + kv), heads + kv),
-        simple("cast", 2 * new * kv, new * kv, 2 * kv),
-        simple("concat", stored, stored, 2 * kv),  # both caches have as many bytes as this has elements of 16 bits
-        replace(mix, inputs=states, outputs=scores, depth=side, channels=context),
-        simple("add", scores, scores, heads),
-        simple("softmax", scores, scores, heads),
-        replace(mix, inputs=scores, outputs=states, depth=context, channels=side),
-        product("out", hidden, hidden, bits.attention),
-        residual,
-        norm,
-        product("gate, up", hidden, 2 * model.ffn, bits.ffn, 2),
-        simple("mul", 2 * wide, wide),
-        product("down", model.ffn, hidden, bits.ffn),
-        residual,
-    ]
-    head = product("head", hidden, model.vocab, bits.head)
-    return [simple("gather", states, states), *(block * model.layers), norm, head]
-
-
-def decoder_seconds(
-    model: Transformer, rates: Rates, context: int, prompt: int, bits: DecoderBits = W4A16, chunk: int = 128
-) -> tuple[float, float]:
-    """Seconds to the first token of a prompt, read `chunk` tokens at a time, and for each token after it (16-bit)."""
-    runs = [decoder_layers(model, tokens, context, bits) for tokens in (min(chunk, context), 1)]
-    first, token = (predict(run, PRECISIONS["w4a16"], rates).seconds for run in runs)
-    return math.ceil(prompt / chunk) * first, token
 
 
 def run_seconds(model: onnx.ModelProto, threads: int = 1, runs: int = 5) -> float:

@@ -116,7 +116,7 @@ def run(
         print("interrupted: the chapters that had not finished stay as they were", file=sys.stderr)
         return 130
     if target == root and (root / "data/claims.yaml").is_file():
-        print(f"\nthe ledger of all claims: {ledger.report(root).relative_to(root)}")
+        _print_ledger(root)
     return 0 if all(task.result == "ok" for task in tasks) else 1
 
 
@@ -304,6 +304,13 @@ def _replace_all(moves: Mapping[Path, Path]) -> None:
     finally:
         for copy in beside.values():
             copy.unlink(missing_ok=True)
+
+
+def _print_ledger(root: Path) -> None:
+    try:
+        print(f"\nthe ledger of all claims: {ledger.report(root).relative_to(root)}")
+    except ValueError as error:  # of a chapter that did not run now
+        print(f"\nno ledger: {error}", file=sys.stderr)
 
 
 def _print_table(tasks: list[Task]) -> None:

@@ -1,0 +1,1 @@
+"""Language models of the Llama architecture: network, key-value cache, and what quantization does to both."""
