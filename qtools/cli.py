@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qtools import __version__
 from qtools._search_command import add_search
+from qtools.llm._command import add_llm
 from qtools.npu._roofline_command import add_roofline
 from qtools.ptq.commands import add_agreement, add_convert, add_verify
 
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     add_agreement(commands)
     add_roofline(commands)
     add_search(commands)
+    add_llm(commands)
     report = commands.add_parser("report", help="write the ledger of all claims as one HTML page")
     report.add_argument("-o", "--output", type=Path, metavar="FILE", help="instead of report.html in the repository")
     report.set_defaults(command=_report)

@@ -86,9 +86,36 @@ FAULTS = [
      "slope[moved] += 0 * (step * scale)"),
     ("converter: equalization left out", CONVERT, 'if "cle" in algorithms:', "if False:"),
     ("converter: repaired weights not written", CONVERT, "write_qdq(written, activations", "write_qdq(network, activations"),
+    ("QAT: no slope where the step learns", "qtools/qat.py", "torch.where(inside, codes - ratio, codes)",
+     "torch.where(inside, codes - codes, codes)"),
+    ("QAT: slope beyond the grid", "qtools/qat.py", "return grad * inside, grad_scale", "return grad, grad_scale"),
+    ("search: what is not whole allowed", "qtools/mixed_precision.py", "integrality=whole", "integrality=0 * whole"),
+    ("sensitivity: what is still needed dropped", "qtools/ptq/sensitivity.py",
+     "for name, x in state.items() if name in needed", "for name, x in state.items() if name not in needed"),
+    ("tiling: halo forgotten", "qtools/npu/tiling.py", "new[::step] = (high - low)[::step]", "pass"),
+    ("roofline: operations counted as MACs", "qtools/npu/roofline.py", "return 2 * self.macs or", "return self.macs or"),
+    ("decoder: scales for nothing", "qtools/llm/decode.py", "2 * size // bits.group if bits.group else 0", "0"),
+    ("decoder: keys without values", "qtools/llm/decode.py", "kv * side * bits.cache // 8", "kv * side * bits.cache // 16"),
+    ("cache: codes of a byte in another order", "qtools/llm/kv_cache.py", "parts[..., i] << bits * i", "parts[..., i] << bits * (8 // bits - 1 - i)"),
+    ("cache: zero points forgotten", "qtools/llm/kv_cache.py", "if not self._grid.symmetric:", "if False:"),
+    ("Llama: positions turned backwards", "qtools/llm/llama.py", "first * cos - second * sin", "first * cos + second * sin"),
+    ("Llama as ONNX: positions turned backwards", "qtools/llm/export.py", "np.hstack([-sin, sin])",
+     "np.hstack([sin, -sin])"),
+    ("smoothing: readers not multiplied", "qtools/llm/smooth.py", "name: weight(name) * spread for",
+     "name: weight(name) for"),
+    ("perplexity: of windows instead of tokens", "qtools/llm/evaluate.py", "total / windows[:, 1:].numel()",
+     "total / len(windows)"),
+    ("checkpoint: what was done not looked at", "qtools/llm/weights.py",
+     "task.name in claimed and claimed[task.name] == checksum(task)", "task.name in claimed"),
+    ("checkpoint: scales of the largest only", "qtools/llm/_tensor.py", "x.shape[1] if form.group < 1 else form.group",
+     "x.shape[1]"),
+    ("ledger: stale verdicts taken", "qtools/suite/ledger.py", "if verdict != stored", "if False and verdict != stored"),
 ]  # fmt: skip
 TESTS = {AFFINE: ["test_affine.py", "test_granularity.py"], FUSED: ["test_affine.py"], QDQ: ["test_capabilities.py"]}
 TESTS[CONVERT] = ["test_convert.py", "test_algorithms.py"]
+TESTS |= {f"qtools/llm/{name}.py": [f"test_llm_{name}.py"] for name in ("evaluate", "export", "weights")}
+TESTS |= {"qtools/llm/smooth.py": ["test_llm_evaluate.py"], "qtools/llm/_tensor.py": ["test_llm_weights.py"]}
+TESTS["qtools/ptq/sensitivity.py"] = ["test_mixed_precision.py"]
 
 
 def main() -> int:

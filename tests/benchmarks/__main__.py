@@ -21,7 +21,7 @@ import numpy as np
 
 from qtools import affine
 from qtools.affine import Grid
-from tests.benchmarks import buffers, calibration, integer, mixed_precision, peers, rounding
+from tests.benchmarks import buffers, calibration, integer, llm_weights, mixed_precision, peers, rounding
 
 SHAPE = (4096, 11008)  # a down projection of Llama 2 7B
 CASES = {
@@ -127,7 +127,7 @@ def quantizers(rounds: int) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
-    parts = ("quantizers", "calibration", "rounding", "integer", "buffers", "mixed_precision")
+    parts = ("quantizers", "calibration", "rounding", "integer", "buffers", "mixed_precision", "llm_weights")
     parser.add_argument("part", nargs="?", choices=parts, help="by default all")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--lines", type=int, default=100, help="to calibrate with; the aim is for 200")
@@ -139,6 +139,7 @@ def main() -> int:
     missed += integer.bench() if options.part in (None, "integer") else []
     missed += buffers.bench(options.rounds) if options.part in (None, "buffers") else []
     missed += mixed_precision.bench() if options.part in (None, "mixed_precision") else []
+    missed += llm_weights.bench() if options.part in (None, "llm_weights") else []
     print("\n".join(["aims missed:", *missed] if missed else ["every aim met"]))
     return int(bool(missed) and options.check)
 
