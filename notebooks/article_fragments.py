@@ -64,6 +64,30 @@ OVERRIDES = """{
 """
 
 
+# Section 2.4, as printed (the comments say "calibrate" and "fine-tune").
+QAT = """from aimet_torch.quantsim import QuantizationSimModel
+sim = QuantizationSimModel(
+    model=model,
+    dummy_input=torch.randn(1,3,224,224),
+    quant_scheme='tf_enhanced',
+    default_output_bw=8,
+    default_param_bw=8,
+    config_file='qnn_config.json'
+)
+# 校准
+sim.compute_encodings(forward_callback, None)
+# 微调
+optimizer = torch.optim.SGD(sim.model.parameters(), lr=0.001)
+for epoch in range(10):
+    for x, y in train_loader:
+        optimizer.zero_grad()
+        output = sim.model(x)
+        loss = criterion(output, y)
+        loss.backward()
+        optimizer.step()
+"""
+
+
 # Section 3.2, as printed (the two strings say "compute-bound" and "bandwidth-bound").
 class RooflineAnalyzer:
     def __init__(self, peak_tops=36, mem_bw=50):
@@ -76,3 +100,56 @@ class RooflineAnalyzer:
             return "计算瓶颈", compute_time
         else:
             return "带宽瓶颈", memory_time
+
+
+# Section 2.3, as printed.  Kept as text, for it needs `nn`, `torch` and an `evaluate` that is printed nowhere.
+SEARCHER = """class MixedPrecisionSearcher:
+    def compute_layer_sensitivity(self, model, cal_loader):
+        baseline = evaluate(model, cal_loader)
+        sensitivities = {}
+        for name, module in model.named_modules():
+            if not isinstance(module, (nn.Linear, nn.Conv2d)):
+                continue
+            orig_weight = module.weight.clone()
+            quant_weight = self._simulate_quant(orig_weight)
+            module.weight.data = quant_weight
+            metric = evaluate(model, cal_loader)
+            sensitivities[name] = baseline - metric
+            module.weight.data = orig_weight
+        return sensitivities
+    def _simulate_quant(self, tensor, bits=8):
+        scale = tensor.abs().max() / (2**(bits-1)-1)
+        return torch.clamp(tensor/scale, -2**(bits-1), 2**(bits-1)-1) * scale
+"""
+
+
+# Section 3.3, as printed: "operator fusion configuration", "memory layout", "zero-copy memory management".
+GRAPH_CONFIG = """{
+"graph_config": {
+"enable_dlbc": true,
+"tiling_config": {
+"prefer_vtcm_tiling": true,
+"max_tile_height": 64
+}
+}
+}
+"""
+
+LAYOUT = "qnn-onnx-converter --input_layout input NHWC"
+
+ZERO_COPY = """class ZeroCopyBuffer {
+public:
+    bool allocate(size_t size) {
+        int ion_fd = open("/dev/ion", O_RDONLY);
+        struct ion_allocation_data alloc = {
+            .len = size,
+            .heap_id_mask = ION_HEAP_SYSTEM_MASK,
+            .flags = ION_FLAG_CACHED
+        };
+        ioctl(ion_fd, ION_IOC_ALLOC, &alloc);
+        buffer_ = mmap(nullptr, size, PROT_READ|PROT_WRITE,
+                       MAP_SHARED, alloc.fd, 0);
+        return buffer_ != MAP_FAILED;
+    }
+};
+"""

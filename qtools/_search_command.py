@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,8 @@ def add_search(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--weight_candidates", default="8", metavar="4,8", help="bits of weights to choose from (8)")
     add("--soc", metavar="CHIP", help="such as sm8650: only types that its architecture takes")
     add("--output", "-o", type=Path, required=True, metavar="overrides.json")
+    add("--converted", type=Path, metavar="FILE", help="also write the network of these types, as qtools convert does")
+    add("--algorithms", nargs="+", default=[], metavar="NAME", help="as for qtools convert; for --converted")
     add("--rounds", type=int, default=3, metavar="N", help="measure so often, each time around what was chosen (3)")
     add("--hardest", type=int, metavar="N", help="measure on the N samples that suffer most; by default on all")
     add("--resume", type=Path, metavar="FILE", help="keep what is measured there, and go on from it")
@@ -54,15 +57,30 @@ def _search(args: argparse.Namespace) -> int:
     try:
         commands._check_soc(args.soc)
         options = convert.Options(**{name: getattr(args, name) for name in _FIELDS})
+        rounded = replace(options, algorithms=tuple(args.algorithms))
+        _check_files(args)
         shapes = {name: commands._dims(name, text) for name, text in args.input_dim}
         network = convert.prepared(args.model, shapes)
         found = _found(args, network, options)
         mixed_precision.write_overrides(mixed_precision.overrides(network, found.plan.types, options), args.output)
+        print(report(args, found))
+        if args.converted:
+            more = {"input_shapes": shapes, "overrides": args.output, "progress": sys.stderr.isatty()}
+            done = convert.convert(args.model, args.converted, args.input_list, rounded, **more)
+            print(commands.summary(done, args.model))
     except (ValueError, OSError) as error:
         print(f"qtools search: {commands._one_line(error)}", file=sys.stderr)
         return 1
-    print(report(args, found))
     return 0
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """Say before the long work what could not be written after it."""
+    if args.algorithms and not args.converted:
+        raise ValueError("--algorithms are for the network that --converted names, and it names none")
+    for path in filter(None, (args.output, args.resume, args.converted)):
+        if not path.absolute().parent.is_dir():
+            raise ValueError(f"there is no folder {path.parent} for {path.name}")
 
 
 def _found(args: argparse.Namespace, network: onnx.ModelProto, options: Any) -> Search:

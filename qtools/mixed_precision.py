@@ -421,8 +421,10 @@ def search(
     Raises
     ------
     ValueError
-        As `sensitivity`, `problem` and `exact`.
+        As `sensitivity`, `problem` and `exact`, or if `rounds` or `hardest` is not positive.
     """
+    if rounds < 1 or (hardest is not None and hardest < 1):
+        raise ValueError(f"rounds and hardest are 1 or more, got {rounds} and {hardest}")
     tensors = quantized_tensors(network)
     units = groups(network, arch or "v75") + [(name,) for name in tensors.weights if len(weight_bits) > 1]
     few = dict.fromkeys(tensors.activations.values(), min(bits)) | dict.fromkeys(tensors.weights, min(weight_bits))

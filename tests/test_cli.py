@@ -87,7 +87,7 @@ def test_check_names_a_missing_package_and_its_mending(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def gone(name: str) -> str:
-        if name in ("tqdm", "gguf", "onnxruntime-qnn"):
+        if name in ("tqdm", "nbval", "onnxruntime-qnn"):
             raise check.PackageNotFoundError(name)
         return "0.0.1" if name == "numpy" else "999"
 
@@ -96,7 +96,7 @@ def test_check_names_a_missing_package_and_its_mending(
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("[missing] tqdm: ") and "pip install tqdm==" in line for line in lines)
     assert any(line.startswith("[missing] numpy 0.0.1 is too old") for line in lines)
-    assert any(line.startswith("[missing] gguf for bench (optional): ") for line in lines)
+    assert any(line.startswith("[missing] nbval for the tests (optional): ") for line in lines)
     assert any(line.startswith("[missing] ") and "HTP backend (optional)" in line for line in lines)
     assert lines[-1] == "2 required missing"
 

@@ -74,3 +74,62 @@ def test_the_command_writes_the_page_and_refuses_in_one_line(tmp_path: Path, mon
     assert main(["report", "-o", str(tmp_path / "other.html")]) == 1
     assert capsys.readouterr().err.startswith("qtools report: the verdict of C01 does not follow")
     assert not (tmp_path / "other.html").exists()
+
+
+def _entry(when: str, results: dict[str, float], article: dict[str, float] | None = None) -> ledger.Entry:
+    """A claim that holds under one condition, and otherwise fails if a > 0."""
+    possible = [
+        {"when": when, "verdict": "holds", "says": "{a}"},
+        {"when": "a > 0", "verdict": "fails", "says": "{a}"},
+    ]
+    claim = claims.Claim(id="C99", section="9.9", claim="?", article=article or {}, verdicts=possible)
+    return ledger.Entry(claim, "holds", "", results, ("computed",), 1, "01_x.ipynb", "c00")
+
+
+def _walked(entry: ledger.Entry, key: str, step: float) -> float:
+    """The nearest turning factor in one direction, found by walking there in small steps."""
+    factors = (step**count for count in range(1, 10_000))
+    return next(f for f in factors if ledger.verdict_with(entry, {key: entry.results[key] * f}) != entry.verdict)
+
+
+@pytest.mark.parametrize(
+    ("when", "results", "key", "factors"),
+    [
+        ("a < 2 * b", {"a": 1.0, "b": 1.0}, "a", [(2.0, "fails")]),
+        ("a < 2 * b", {"a": 1.0, "b": 1.0}, "b", [(0.5, "fails")]),
+        ("abs(a - 4) < 1", {"a": 4.5}, "a", [(10 / 9, "fails"), (2 / 3, "fails")]),
+        ("a < article_a", {"a": 1.0}, "a", [(1.02, "fails")]),
+        ("a < 1 and b < 500", {"a": 0.5, "b": 1.0}, "b", [(500.0, "fails")]),
+        ("b < 1001", {"a": 0.5, "b": 1.0}, "b", []),  # further than the furthest
+        ("b < 5", {"a": 0.5, "b": 0.0}, "b", []),  # whatever times nothing
+        ("b == 5 and b < 6", {"a": 0.5, "b": 5.0}, "b", []),  # an answer, not a size
+        ("c > 1 and a < 0", {"a": -1.0, "c": 2.0}, "c", [(0.5, "none")]),  # nothing is true any more
+    ],
+)
+def test_a_verdict_is_as_firm_as_its_nearest_turning_point(when, results, key, factors):
+    margins = ledger.margins(_entry(when, results, {"a": 1.02}))
+    assert margins == sorted(margins, key=lambda one: max(one.factor, 1 / one.factor))
+    found = [one for one in margins if one.key == key]
+    assert [one.verdict for one in found] == [verdict for _, verdict in factors]
+    assert [one.factor for one in found] == pytest.approx([factor for factor, _ in factors], rel=0.01)
+    for one in found:  # just beyond, never just before
+        assert ledger.verdict_with(_entry(when, results, {"a": 1.02}), {key: results[key] * one.factor}) == one.verdict
+
+
+@pytest.mark.parametrize("identity", ["C06", "C16", "C22"])
+def test_margins_are_those_of_a_walk_in_small_steps(identity):
+    (entry,) = [entry for entry in FOUND if entry.claim.id == identity]
+    margins = ledger.margins(entry)
+    assert margins
+    for one in margins[:2]:
+        assert one.factor == pytest.approx(_walked(entry, one.key, 1.001 if one.factor > 1 else 0.999), rel=0.003)
+
+
+def test_every_stored_verdict_stands_with_its_own_results():
+    for entry in FOUND:
+        assert ledger.verdict_with(entry, {}) == entry.verdict
+        assert all(one.verdict != entry.verdict and one.key in entry.results for one in ledger.margins(entry))
+
+
+def test_every_kind_of_verdict_has_a_sign_of_its_own():
+    assert set(ledger.SIGNS) == set(claims.KINDS) and len(set(ledger.SIGNS.values())) == len(claims.KINDS)

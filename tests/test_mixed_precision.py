@@ -15,13 +15,14 @@ from scipy.stats import spearmanr
 
 from qtools import cli, zoo
 from qtools import mixed_precision as mp
+from qtools.affine import fake_quantize
 from qtools.encodings import Encoding, Rule, read_overrides
 from qtools.npu import htp
 from qtools.ptq import sensitivity as measuring
 from qtools.ptq.calibrate import calibrate
 from qtools.ptq.convert import Options, Runner, prepared, quantize_network
 from qtools.ptq.fuse import fuse
-from qtools.ptq.graph import prepare
+from qtools.ptq.graph import prepare, replace_weights
 from qtools.ptq.sensitivity import FLOAT, proxy, sensitivity
 from qtools.ptq.write import quantized_tensors
 
@@ -235,8 +236,16 @@ def test_what_cannot_be_measured_is_said_in_a_sentence(digits, branched) -> None
     network.graph.node.append(helper.make_node("If", ["flag"], ["end"], then_branch=branch, else_branch=branch))
     network.graph.initializer.append(numpy_helper.from_array(np.array(True), "flag"))
     network.graph.output.append(helper.make_tensor_value_info("end", TensorProto.FLOAT, None))
+    watched = calibrate(network, branched[1], methods=("min_max",))
     with pytest.raises(ValueError, match="the network branches"):
-        sensitivity(network, branched[1], calibrate(network, branched[1], methods=("min_max",)))
+        sensitivity(network, branched[1], watched)
+    with pytest.raises(ValueError, match="the network branches"):
+        mp.search(network, branched[1], watched, "80%")
+    with pytest.raises(ValueError, match=r"the metric is nan .*: it must be a finite number"):
+        mp.search(*branched, "80%", metric=lambda outputs, which: math.nan)
+    for wrong in (dict(rounds=0), dict(hardest=0)):
+        with pytest.raises(ValueError, match="rounds and hardest are 1 or more"):
+            mp.search(*branched, "80%", **wrong)
 
 
 def test_a_few_samples_guess_the_ranking(digits) -> None:
@@ -258,6 +267,16 @@ def test_behind_a_linear_operator_the_guess_is_the_truth(branched) -> None:
     true = sensitivity(network, samples, calibration, options=OPTIONS, units=["scaled"], bits=(8,), subsets=1)
     guess = proxy(network, samples * 8, calibration, "hessian", options=OPTIONS, units=["scaled"], bits=(8,))
     assert guess.mean[0, 0] == pytest.approx(true.mean[0, 0], rel=0.35)
+    # One weight of two convolutions changes in both, as in the whole network.
+    guess = proxy(network, samples[:2], calibration, "hessian", options=OPTIONS, units=["w"], bits=(8,))
+    weight = numpy_helper.to_array(next(t for t in network.graph.initializer if t.name == "w"))
+    step = np.sqrt(np.square(weight).mean()) / 100 * np.random.default_rng(0).standard_normal(weight.shape)
+    error = weight - fake_quantize(weight, measuring.candidates(network, calibration, OPTIONS, (8,))["w"][8])
+    runs = [Runner(one, ["sum", "logits"]) for one in (network, replace_weights(network, {"w": weight + step}))]
+    for sample, got in zip(samples, guess.noise[0, 0]):
+        real, moved = (np.concatenate([np.ravel(x) for x in run(sample)]).astype(float) for run in runs)
+        gain = np.square(moved - real).sum() / np.square(real).sum() / np.square(step).sum()
+        assert got == pytest.approx(gain * np.square(error).sum(), rel=1e-2)
 
 
 # -- choosing --------------------------------------------------------------------------------------------------------
@@ -452,9 +471,30 @@ def test_the_command_writes_overrides_within_the_budget(files, capsys) -> None:
     assert (files / "kept.1").exists() and (files / "kept.2").exists()
 
 
+def test_the_command_also_converts_with_what_it_found(files, capsys) -> None:
+    target = files / "mixed.onnx"
+    asked = command(files, "--budget", "50%", "--rounds", "1", "--converted", str(target), "--algorithms", "gptq")
+    assert cli.main(asked) == 0
+    said = capsys.readouterr().out
+    assert "SQNR of the outputs" in said and target.exists() and target.with_suffix(".encodings").exists()
+    rules = read_overrides(files / "overrides.json")
+    network, kinds = prepared(files / "net.onnx", {"x": (1, 4, 6, 6)}), {16: TensorProto.UINT16, 8: TensorProto.UINT8}
+    written = {t.name: t for t in onnx.load(target).graph.initializer}
+    wide = {rule.pattern for rule in rules.rules if rule.bits == 16}
+    for name in quantized_tensors(network).activations.values():
+        assert written[f"{name}.zero_point"].data_type == kinds[16 if name in wide else 8]
+    samples = [np.fromfile(files / f"{i}.raw", "<f4").reshape(1, 4, 6, 6) for i in range(6)]
+    nearest = {t.name: t for t in quantize_network(network, samples, Options(), rules).network.graph.initializer}
+    assert nearest["m.codes"].raw_data != written["m.codes"].raw_data
+
+
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
+        (("--budget", "1", "--algorithms", "gptq"), "--algorithms are for the network that --converted names"),
+        (("--budget", "1", "--algorithms", "magic", "--converted", "c.onnx"), "there is no 'magic'"),
+        (("--budget", "1", "--converted", "nowhere/c.onnx"), "there is no folder nowhere for c.onnx"),
+        (("--budget", "1", "--rounds", "0"), "rounds and hardest are 1 or more, got 0"),
         (("--budget", "-1"), "a budget is a number, or a share such as 30%"),
         (("--budget", "5", "--cost", "bytes"), "the budget of 5 cannot be met: the least that is legal costs"),
         (("--budget", "1", "--candidates", "8,12"), "candidates are 4, 8 and 16"),

@@ -180,6 +180,11 @@ def test_a_claim_without_a_true_condition_or_with_an_unknown_result_is_an_error(
         claims.evaluate(claim, {"a": 0})
     with pytest.raises(ValueError, match="no chapter recorded"):
         claims.evaluate(claim, {})
+    says = claims.Claim(
+        id="C99", section="1", claim="x", verdicts=[{"when": "a > 1", "verdict": "holds", "says": "{b:.1f}"}]
+    )
+    with pytest.raises(ValueError, match="a claim names 'b', and no chapter recorded it"):
+        claims.evaluate(says, {"a": 2})
 
 
 @pytest.mark.parametrize(

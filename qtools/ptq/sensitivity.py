@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import pickle
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -40,6 +41,7 @@ Metric = Callable[[dict[str, np.ndarray], np.ndarray], float]
 """From the outputs for some samples, joined along axis 0, and the numbers of these samples; higher is better."""
 Direction = Literal["one_quantized", "one_spared"]
 _BATCH = 256  # samples that run together where a network takes batches
+_SESSIONS = 3  # for what is behind a change, kept at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,12 +212,7 @@ class _Work:
         """A row for each change; they come in the order in which they begin."""
         rows = []
         for start, stop, unit, bits in changes:
-            states, types = walk.to(start), self.types(unit, bits)
-            if stop < len(walk.stages):
-                # Behind the last reader the types are the base's again, and the session is the one before.
-                given = walk.outputs(stop, self.base, walk.advanced(start, stop, types, states))
-            else:
-                given = walk.outputs(start, types, states)
+            given = walk.changed(start, stop, self.types(unit, bits), walk.to(start))
             rows.append(self.row(given, f"with {self.units[unit][0]} of {bits} bits"))
         return rows
 
@@ -236,7 +233,7 @@ class _Work:
 
 
 Change = tuple[int, int, int, int]
-"""Pieces that read what changes, from the first up to, and not with, the last; unit; bits."""
+"""From the first piece that reads what changes to where all that read it have run; unit; bits."""
 Row = list[tuple[float, float]]
 """Metric and noise of each subset."""
 
@@ -295,7 +292,7 @@ class _Walk:
     """The states of all samples on their way through a network in pieces, which is written with types put in."""
 
     def __init__(self, work: _Work, piece: int = 0, states: list[list[State]] | None = None) -> None:
-        view, self._work, self._kept = View(work.network), work, None
+        view, self._work, self._kept = View(work.network), work, {}
         if view.branched:
             raise ValueError("the network branches (If, Loop, Scan): what is behind a tensor cannot be cut out of it")
         self.tensors, self.owners = quantized_tensors(work.network), owners(work.network)
@@ -317,6 +314,11 @@ class _Walk:
             spans.setdefault(self.tensors.activations.get(name, name), []).append(len(self.stages) - 1)
         return spans
 
+    def behind(self, pieces: Collection[int]) -> int:
+        """Where these pieces have run; one of few places, so that what is behind needs few sessions."""
+        block = math.isqrt(len(self.stages))
+        return min(len(self.stages), (max(pieces) // block + 1) * block)
+
     def full(self, types: Types) -> Types:
         """Types with those of the constants that are no weights."""
         return types | {name: max(types.get(root, FLOAT) for root in roots) for name, roots in self.owners.items()}
@@ -329,7 +331,7 @@ class _Walk:
                 after = self.full(work.types(unit, width))
                 changed = [name for name in after if after[name] != before.get(name, FLOAT)]
                 pieces = [piece for name in changed for piece in spans[name]]
-                found += [(min(pieces), max(pieces) + 1, unit, width)] if pieces else []
+                found += [(min(pieces), self.behind(pieces), unit, width)] if pieces else []
         return sorted(found)
 
     def to(self, piece: int) -> list[list[State]]:
@@ -339,9 +341,20 @@ class _Walk:
             self.piece = piece
         return self.states
 
-    def advanced(self, piece: int, to: int, types: Types, states: list[list[State]]) -> list[list[State]]:
+    def changed(
+        self, piece: int, to: int, types: Types, states: list[list[State]], weights: State | None = None
+    ) -> list[State]:
+        """What the network gives with other types, or weights, from `piece` up to, and not with, piece `to`."""
+        if to == len(self.stages):
+            return self.outputs(piece, types, states, weights)
+        return self.outputs(to, self._work.base, self.advanced(piece, to, types, states, weights))
+
+    def advanced(
+        self, piece: int, to: int, types: Types, states: list[list[State]], weights: State | None = None
+    ) -> list[list[State]]:
         """The states ahead of piece `to`."""
         model, given, found = self._written(piece, to, types)
+        model = replace_weights(model, weights) if weights else model
         session, needed = _session(model, self._work.threads), self.stages.needed(to)
         found = [name for name in found if name in needed]
 
@@ -351,17 +364,18 @@ class _Walk:
 
         return [[step(state) for state in subset] for subset in states]
 
-    def outputs(
-        self, piece: int, types: Types, states: list[list[State]], weights: Mapping[str, np.ndarray] | None = None
-    ) -> list[State]:
+    def outputs(self, piece: int, types: Types, states: list[list[State]], weights: State | None = None) -> list[State]:
         """What the network gives for each subset, from the states ahead of `piece` on."""
-        kept = None if weights else self._kept
-        if not kept or kept[:2] != (piece, types):
+        key = piece, *types.items()
+        if weights or key not in self._kept:
             model, given, found = self._written(piece, len(self.stages), types)
             model = replace_weights(model, weights) if weights else model
-            kept = piece, types, _session(model, self._work.threads) if found else None, given, found
-            self._kept = None if weights else kept
-        *_, session, given, found = kept
+            kept = _session(model, self._work.threads) if found else None, given, found
+            if not weights:
+                self._kept = dict([*self._kept.items(), (key, kept)][-_SESSIONS:])
+        else:
+            kept = self._kept[key]
+        session, given, found = kept
         done = []
         for subset in states:
             parts = [{n: self.rounded(n, s[n], types) for n in self._ends if n not in found} for s in subset]
@@ -430,7 +444,7 @@ def _table(
     work.reals = walk.outputs(0, {}, work.feeds)
     parts = np.array_split(np.arange(len(changes)), max(2, min(48, len(changes) // 4)))
     tasks = {str(number): [changes[i] for i in part] for number, part in enumerate(parts) if len(part)}
-    fingerprint = work.fingerprint(changes)
+    fingerprint = work.fingerprint(changes) if path else ""
     done = _kept(path, fingerprint)
     left = {number: part for number, part in tasks.items() if number not in done}
     if joblib.effective_n_jobs(None) == 1:
@@ -527,7 +541,8 @@ def proxy(
     weights = {t.name: numpy_helper.to_array(t) for t in network.graph.initializer if t.name in walk.tensors.weights}
     names = sorted({name for unit in chosen for name in unit}, key=lambda name: spans[name][0])
     for name in tqdm(names, "guessing", disable=not progress):
-        states = walk.to(spans[name][0])
+        start, stop = min(spans[name]), walk.behind(spans[name])
+        states = walk.to(start)
         values = [weights[name]] * len(states) if name in weights else [state[name] for (state,) in states]
         errors = np.array([[_power(x - walk.rounded(name, x, {name: width})) for x in values] for width in bits])
         if kind == "local":
@@ -538,10 +553,10 @@ def proxy(
             (size * rng.standard_normal(x.shape)).astype(x.dtype) for x in values[: 1 if name in weights else None]
         ]
         if name in weights:
-            given = walk.outputs(spans[name][0], {}, states, {name: weights[name] + moves[0]})
+            given = walk.changed(start, stop, {}, states, {name: weights[name] + moves[0]})
         else:
             moved = [[state | {name: state[name] + move}] for (state,), move in zip(states, moves)]
-            given = walk.outputs(spans[name][0], {}, moved)
+            given = walk.changed(start, stop, {}, moved)
         answers = np.array([_noise(got, real) for got, real in zip(given, reals)])
         found[name] = errors * answers / np.array([_power(move) for move in moves])
     noise = np.array([sum(found[name] for name in unit) for unit in chosen])

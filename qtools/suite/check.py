@@ -73,9 +73,8 @@ def _findings(root: Path) -> Iterator[Line]:
     yield Line(sys.version_info >= (3, 11), python, "install Python 3.11 or newer, then make clean and make run")
     for name in project["dependencies"]:
         yield _package(Requirement(name), pins)
-    for extra in ("test", "bench"):
-        for name in project["optional-dependencies"][extra]:
-            yield _package(Requirement(name), pins, extra)
+    for name in project["optional-dependencies"]["test"]:
+        yield _package(Requirement(name), pins, "the tests")
     yield from _htp(Requirement(project["optional-dependencies"]["htp"][0]), pins)
     yield _font()
     yield _fetched()

@@ -88,8 +88,15 @@ def evaluate(claim: Claim, results: Mapping[str, float]) -> dict[str, str]:
     values = {f"article_{name}": number for name, number in claim.article.items()} | dict(results)
     for possible in claim.verdicts:
         if condition(possible.when, values):
-            return {"verdict": possible.verdict, "says": possible.says.format_map(values)}
+            return {"verdict": possible.verdict, "says": _filled(possible.says, values)}
     raise ValueError(f"{claim.id}: no verdict of data/claims.yaml is true of the results")
+
+
+def _filled(sentence: str, values: Mapping[str, float]) -> str:
+    try:
+        return sentence.format_map(values)
+    except KeyError as error:
+        raise ValueError(f"a claim names {error}, and no chapter recorded it") from None
 
 
 def condition(expression: str, values: Mapping[str, float]) -> Any:

@@ -9,6 +9,7 @@ import numpy as np
 
 from qtools.affine import Grid, bits_per_weight, choose_qparams, fake_quantize, qparams_from_range
 from qtools.metrics import sqnr_db
+from qtools.npu import tiling
 from qtools.npu.integer import requantize_float
 
 
@@ -201,6 +202,77 @@ def _traffic(answer: Callable[[list[int], set[int]], Any]) -> bool | None:
     return all(answer(sizes, fused) == right for sizes, fused, right in cases)
 
 
+def _share_rerun(answer: Callable[..., Any]) -> bool | None:
+    """5.1: operators that run where what lies before a change runs once."""
+    for count, starts in [(10, range(10)), (17, [0, 2, 2, 9, 16]), (4, [3])]:
+        if (given := answer(count, list(starts))) is None:
+            return None
+        if not np.isclose(given, sum(count - start for start in starts) / (count * len(list(starts)))):
+            return False
+    return True
+
+
+def _least_loss(answer: Callable[..., Any]) -> bool | None:
+    """5.2: the best choice of one type for each layer under a budget."""
+    rng = np.random.default_rng(16)
+    for layers, budget in ((3, 18), (5, 34), (6, 41)):
+        losses = np.sort(rng.integers(0, 50, (layers, 3)), axis=1)[:, ::-1]
+        costs = np.sort(rng.integers(1, 12, (layers, 3)), axis=1)
+        if (given := answer(losses, costs, budget)) is None:
+            return None
+        choices, every = np.indices((3,) * layers).reshape(layers, -1), np.arange(layers)[:, None]
+        fits = costs[every, choices].sum(0) <= budget
+        if given != losses[every, choices].sum(0)[fits].min():
+            return False
+    return True
+
+
+def _clearly(answer: Callable[..., Any]) -> bool | None:
+    """5.3: which mean losses stand clear of zero."""
+    losses = np.random.default_rng(17).normal(np.linspace(0, 1, 12)[:, None], 0.5, (12, 6))
+    if (given := answer(losses)) is None:
+        return None
+    return np.array_equal(given, losses.mean(1) > 2 * losses.std(1, ddof=1) / np.sqrt(6))
+
+
+def _what_passes(answer: Callable[..., Any]) -> bool | None:
+    """6.1: the gradient that a straight-through estimator hands on."""
+    rng = np.random.default_rng(16)
+    x, upstream = rng.normal(0, 2, (2, 300))
+    for step, low, high in ((0.5, -4, 3), (0.3, 0, 15)):
+        if (given := answer(x, step, low, high, upstream)) is None:
+            return None
+        rounded = np.round(x / step)
+        if not np.allclose(given, upstream * ((rounded >= low) & (rounded <= high))):
+            return False
+    return True
+
+
+def _step_gradient(answer: Callable[..., Any]) -> bool | None:
+    """6.2: the gradient of a learned step."""
+    rng = np.random.default_rng(17)
+    x, upstream = rng.normal(0, 2, (2, 300))
+    for step, low, high in ((0.5, -4, 3), (0.3, -8, 7)):
+        if (given := answer(x, step, low, high, upstream)) is None:
+            return None
+        rounded = np.round(x / step)
+        slope = np.where((rounded >= low) & (rounded <= high), rounded - x / step, np.clip(rounded, low, high))
+        if not np.isclose(given, np.sum(upstream * slope)):
+            return False
+    return True
+
+
+def _folded(answer: Callable[..., Any]) -> bool | None:
+    """6.3: a BatchNorm in the weights and the bias of the layer before it."""
+    rng = np.random.default_rng(18)
+    w, x = rng.normal(size=(5, 7)), rng.normal(size=(40, 7))
+    (gain, shift, mean), variance = rng.normal(size=(3, 5)), rng.uniform(0.5, 2, 5)
+    if (given := answer(w, gain, shift, mean, variance)) is None:
+        return None
+    expected = (x @ w.T - mean) / np.sqrt(variance + 1e-5) * gain + shift
+    return np.allclose(x @ given[0].T + given[1], expected)
+
+
 def _intensity_of(answer: Callable[..., Any]) -> bool | None:
     """7.1: operations a byte of a fully connected layer."""
     cases = [(1, 4096, 11008, 8), (64, 512, 1000, 8), (128, 4096, 4096, 4)]
@@ -234,6 +306,123 @@ def _tokens_a_second(answer: Callable[..., Any]) -> bool | None:
     return True
 
 
+def _times_faster(answer: Callable[..., Any]) -> bool | None:
+    """8.1: Amdahl's law for several levers."""
+    for parts in ([(0.5, 2)], [(0.3, 4), (0.2, 10)], [(0.05, 300)]):
+        if (given := answer(parts)) is None:
+            return None
+        left = 1 - sum(share for share, _ in parts) + sum(share / factor for share, factor in parts)
+        if not np.isclose(given, 1 / left):
+            return False
+    return True
+
+
+def _tile_traffic(answer: Callable[..., Any]) -> bool | None:
+    """8.2: bytes of a tiled product whose inputs stay while the output channels pass."""
+    cases = [(64, 128, 96, 16, 32), (100, 64, 96, 32, 96), (50, 10, 30, 50, 7), (1, 4096, 4096, 1, 512)]
+    for rows, depth, channels, tile_rows, tile_channels in cases:
+        if (given := answer(rows, depth, channels, tile_rows, tile_channels)) is None:
+            return None
+        tile = (tile_rows, 1, tile_channels, depth)
+        if given != tiling.tiling(tiling.matmul(rows, depth, channels), tile, "input").moved.total:
+            return False
+    return True
+
+
+def _worth_sharing(answer: Callable[..., Any]) -> bool | None:
+    """8.3: from which size on handing over beats copying."""
+    cases = [(200e-6, 100e-6, 5e9), (40e-6, 20e-6, 10e9), (10e-6, 30e-6, 5e9)]
+    for handing, copying, rate in cases:
+        if (given := answer(handing, copying, rate)) is None:
+            return None
+        if not np.isclose(given, max(0.0, (handing - copying) * rate)):
+            return False
+    return True
+
+
+def _perplexity(answer: Callable[..., Any]) -> bool | None:
+    """9.1: exponential of the mean negative log likelihood."""
+    rng = np.random.default_rng(19)
+    for rows, size in ((1, 4), (50, 30)):
+        logits, targets = rng.normal(3, 4, (rows, size)), rng.integers(0, size, rows)
+        if (given := answer(logits, targets)) is None:
+            return None
+        shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+        if not np.isclose(given, np.prod(shares[np.arange(rows), targets] ** (-1 / rows))):
+            return False
+    return True
+
+
+def _cache_size(answer: Callable[..., Any]) -> bool | None:
+    """9.2: bytes of a packed key-value cache with a step and a zero point for each token and head."""
+    for tokens, layers, heads, side, bits in ((1, 1, 1, 32, 8), (1024, 32, 32, 128, 8), (7, 4, 2, 32, 4)):
+        if (given := answer(tokens, layers, heads, side, bits)) is None:
+            return None
+        if given != sum(tokens * layers * heads * (side * bits / 8 + 2 + 1) for _ in ("keys", "values")):
+            return False
+    return True
+
+
+def _longest_context(answer: Callable[..., Any]) -> bool | None:
+    """9.3: the longest context within a time."""
+    for case in ((3_369_000_000, 524_288, 50e9, 0.1), (3_000, 10, 1_000, 3.1), (6_607_000_000, 262_144, 50e9, 0.05)):
+        if (given := answer(*case)) is None:
+            return None
+        weights, each, bandwidth, seconds = case
+        if given < 0 or (given and weights + given * each > seconds * bandwidth):
+            return False
+        if weights + (given + 1) * each <= seconds * bandwidth:
+            return False
+    return True
+
+
+def _bits_read(answer: Callable[..., Any]) -> bool | None:
+    """10.1: bits of each weight that a printed latency leaves time for."""
+    for weights, bandwidth, seconds in [(6.607e9, 50e9, 0.045), (1e9, 60e9, 0.02), (3.2e9, 76.8e9, 0.1)]:
+        if (given := answer(weights, bandwidth, seconds)) is None:
+            return None
+        if not np.isclose(given, bandwidth * seconds / weights * 8):
+            return False
+    return True
+
+
+def _predicate(answer: Callable[..., Any]) -> bool | None:
+    """10.2: a comparison evaluated without running anything else."""
+    values = {"a": 3.0, "b": 0.5, "article_a": 6}
+    for text, expected in [
+        ("a < 2", False),
+        ("a * b > 1", True),
+        ("(article_a - a) / b < a + 4", True),
+        ("a > a", False),
+    ]:
+        if (given := answer(text, values)) is None:
+            return None
+        if given is not expected:
+            return False
+    for text in ("__import__('os').getcwd() > 1", "a.real > 1", "abs(a) > 1", "[a][0] > 1"):
+        try:
+            answer(text, values)
+        except ValueError:
+            continue
+        return False
+    return True
+
+
+def _impossible(answer: Callable[..., Any]) -> bool | None:
+    """10.3: the lever that saves more than it touches."""
+    cases = [
+        [(0.4, 0.3), (0.1, 0.12), (0.9, 0.5)],
+        [(0.05, 0.2), (0.6, 0.6), (0.5, 0.1)],
+        [(0.3, 0.2), (1, 0.9), (0.2, 0.22)],
+    ]
+    for levers, place in zip(cases, (1, 0, 2)):
+        if (given := answer(levers)) is None:
+            return None
+        if given != place:
+            return False
+    return True
+
+
 _CHECKS: dict[str, tuple[Callable[..., bool | None], str]] = {
     "1.1": (_grid_of_a_range, "Does your grid hold zero exactly when the range is [1, 2]?"),
     "1.2": (_bits_for, "b bits make 2**b - 1 steps, and n steps give 20 log10(n) dB. Round up."),
@@ -253,7 +442,31 @@ _CHECKS: dict[str, tuple[Callable[..., bool | None], str]] = {
     ),
     "3.6": (_bias_change, "Average the inputs; the errors of the weights times that mean is the shift to take back."),
     "2.3": (_spend, "List every affordable pair, quantize with each, and keep the one with the best SQNR."),
+    "5.1": (_share_rerun, "A change at operator i makes the operators i, i + 1, ... run: count - i of them."),
+    "5.2": (_least_loss, "Three types and a few layers: itertools.product lists every choice; keep those that fit."),
+    "5.3": (_clearly, "The standard error of a mean of n values is their std(ddof=1) divided by the root of n."),
+    "6.1": (_what_passes, "It is 1 where the rounded code lies between low and high, both included, and 0 elsewhere."),
+    "6.2": (
+        _step_gradient,
+        "Inside: the rounding error in steps, code minus x / step. Outside: the last code. Then sum.",
+    ),
+    "6.3": (_folded, "Rows are multiplied by gain / sqrt(variance + 1e-5); the mean goes through the same factor."),
     "7.1": (_intensity_of, "Weights take bits / 8 bytes each; every row is read once and written once, in bytes."),
     "7.2": (_rows_to_the_ridge, "Two operations a MAC, weights once, inputs and outputs for every row; then round up."),
     "7.3": (_tokens_a_second, "Every weight is read once for each token: bytes of all parts together, then divide."),
+    "8.1": (
+        _times_faster,
+        "What no lever touches keeps its time; add what is left of every part; then 1 over the sum.",
+    ),
+    "8.2": (
+        _tile_traffic,
+        "Inputs and outputs once; the weights once for every strip of rows, unless one tile holds all.",
+    ),
+    "8.3": (_worth_sharing, "Both times are equal where handing = copying + size / rate; a size is never negative."),
+    "9.1": (_perplexity, "Take the largest logit away first; log(sum(exp)) is what makes probabilities of logits."),
+    "9.2": (_cache_size, "Keys and values: twice. For every token and head the codes, two bytes and one byte."),
+    "9.3": (_longest_context, "What is left of the bytes after the weights, by the bytes of a token; never below 0."),
+    "10.1": (_bits_read, "Bytes that come in that time, times eight, shared out among the weights."),
+    "10.2": (_predicate, "Walk the tree of ast.parse; list what you allow, and raise ValueError for all the rest."),
+    "10.3": (_impossible, "What a lever does not touch it cannot save."),
 }

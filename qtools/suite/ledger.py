@@ -5,27 +5,31 @@ from __future__ import annotations
 import ast
 import base64
 import json
+import math
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qtools._files import replace_file
 from qtools.suite import claims
 from qtools.suite.results import ROOT
 
 REPORT = "report.html"
+SIGNS = {"holds": "✓", "holds when": "◐", "fails": "✗", "needs a phone": "?"}
+FURTHEST = 1000.0  # a verdict that stands when a result is so many times larger or smaller hangs on something else
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One claim, the verdict that follows from the results, and the cell that pronounces it."""
+    """One claim, the verdict that follows from its chapter's results, and the cell that pronounces it."""
 
     claim: claims.Claim
     verdict: str
     says: str
+    results: Mapping[str, float]
     sources: tuple[str, ...]
     chapter: int
     notebook: str
@@ -69,13 +73,15 @@ def _entry(claim: claims.Claim, notebook: Path, cell: str, root: Path) -> Entry:
     if not path.is_file():
         raise ValueError(f"{claim.id} is judged by chapter {number}, which left no results: qtools run {number}")
     stored = json.loads(path.read_text(encoding="utf-8"))
-    verdict = claims.evaluate(claim, {key: entry["value"] for key, entry in stored["results"].items()})
+    values = {key: entry["value"] for key, entry in stored["results"].items()}
+    verdict = claims.evaluate(claim, values)
     if verdict != stored["verdicts"].get(claim.id):
         raise ValueError(
             f"the verdict of {claim.id} does not follow from chapter {number}'s results: qtools run {number}"
         )
     sources = {stored["results"][key]["source"] for key in _named(claim) if key in stored["results"]}
-    return Entry(claim, **verdict, sources=tuple(sorted(sources)), chapter=number, notebook=notebook.name, cell=cell)
+    where = {"chapter": number, "notebook": notebook.name, "cell": cell}
+    return Entry(claim, **verdict, results=values, sources=tuple(sorted(sources)), **where)
 
 
 def _named(claim: claims.Claim) -> set[str]:
@@ -90,6 +96,60 @@ def _named(claim: claims.Claim) -> set[str]:
 def count(found: Sequence[Entry]) -> dict[str, int]:
     """How many claims got each verdict, all kinds listed."""
     return {kind: sum(entry.verdict == kind for entry in found) for kind in claims.KINDS}
+
+
+class Margin(NamedTuple):
+    """The factor on one result, the others staying as they are, at which a verdict becomes another one."""
+
+    key: str
+    factor: float
+    verdict: str
+
+
+def margins(entry: Entry) -> list[Margin]:
+    """How firm a verdict is: for each result that its conditions weigh, the factors that turn it, nearest first.
+
+    Results that a condition compares with ``==`` or ``!=`` are answers, not sizes, and stay.  An empty list means that
+    no factor up to `FURTHEST` turns the verdict.  Found in steps of 1.6 times the logarithm, then by halving: what
+    turns and turns back within one step is overlooked.
+    """
+    keys = sorted(_weighed(entry.claim) & entry.results.keys())
+    found = [_turning(entry, key, sign) for key in keys for sign in (1, -1)]
+    return sorted((one for one in found if one), key=lambda one: abs(math.log(one.factor)))
+
+
+def verdict_with(entry: Entry, changed: Mapping[str, float]) -> str:
+    """The verdict if some results were other numbers; ``"none"`` where no condition would be true."""
+    try:
+        return claims.evaluate(entry.claim, {**entry.results, **changed})["verdict"]
+    except ValueError:
+        return "none"
+
+
+def _weighed(claim: claims.Claim) -> set[str]:
+    sizes: set[str] = set()
+    answers: set[str] = set()
+    for possible in claim.verdicts:
+        for node in ast.walk(ast.parse(possible.when)):
+            if isinstance(node, ast.Compare):
+                names = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+                (answers if any(isinstance(op, ast.Eq | ast.NotEq) for op in node.ops) else sizes).update(names)
+    return sizes - answers
+
+
+def _turning(entry: Entry, key: str, sign: int) -> Margin | None:
+    def verdict(log: float) -> str:
+        return verdict_with(entry, {key: entry.results[key] * math.exp(sign * log)})
+
+    near, far = 0.0, 1e-3
+    while verdict(far) == entry.verdict:
+        if far >= math.log(FURTHEST):
+            return None
+        near, far = far, min(1.6 * far, math.log(FURTHEST))
+    while far - near > 1e-3 * far:
+        middle = (near + far) / 2
+        near, far = (middle, far) if verdict(middle) == entry.verdict else (near, middle)
+    return Margin(key, math.exp(sign * far), verdict(far))
 
 
 def report(root: Path = ROOT, path: Path | None = None) -> Path:
@@ -108,7 +168,7 @@ def report(root: Path = ROOT, path: Path | None = None) -> Path:
     )
     template = templates.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
     pictures = {entry.claim.id: _picture(root, entry) for entry in found}
-    page = template.render(entries=found, counts=count(found), titles=_titles(root), pictures=pictures)
+    page = template.render(entries=found, counts=count(found), titles=_titles(root), pictures=pictures, signs=SIGNS)
     target = path or root / REPORT
     replace_file(target, page.encode())
     return target

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap, LogNorm
+from matplotlib.collections import PolyCollection
+from matplotlib.colors import ListedColormap, LogNorm, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from qtools.affine import Grid, QParams, bits_per_weight, choose_qparams, fake_quantize, qparams_from_range
 from qtools.npu.capabilities import sign
+from qtools.npu.tiling import Tiling, lower_bound, rectangles
 from qtools.suite.figures import FLOAT, HTP, INT4, INT8, INT16, WARN, end_labels, new
 
 
@@ -444,6 +446,114 @@ def between(figure: Figure, apart: Mapping[int, float], fused: float, bits: int)
     ax.set(xlabel="bits of the tensor between", ylabel="SQNR of the logits (dB)")
 
 
+# -- quantization-aware training --------------------------------------------------------------------------------------
+
+
+def staircase_chart(x: np.ndarray, y: np.ndarray, slopes: Mapping[str, np.ndarray], title: str) -> Figure:
+    """A rounding on the left, and the slopes that it is said to have on the right."""
+    figure, (left, right) = new(1, 2)
+    left.plot(x, y, color=INT4)
+    left.plot(x, x, color=INT8, lw=1, ls="--", label="x itself")
+    left.set(xlabel="x", ylabel="x on the grid", aspect="equal")
+    left.legend(loc="upper left")
+    for (name, slope), color, width in zip(slopes.items(), (INT4, INT8), (3, 1.8)):
+        right.plot(x, slope, color=color, label=name, lw=width)
+    right.set(xlabel="x", ylabel="slope", ylim=(-0.15, 1.5))
+    right.legend(loc="upper left")
+    figure.suptitle(title, weight="bold", x=0.01, ha="left")
+    return figure
+
+
+def restless_chart(
+    used: np.ndarray, curves: Mapping[str, np.ndarray], target: float, threshold: float, title: str
+) -> Figure:
+    """One trained weight: as it is used, as it is kept, what it should be and where its code changes."""
+    figure, ax = new()
+    ax.step(range(len(used)), used, color=INT4, lw=1.2, label="the weight as it is used, on the grid")
+    for (name, kept), color in zip(curves.items(), (INT8, HTP)):
+        ax.plot(kept, color=color, label=name)
+    ax.axhline(target, color=FLOAT, ls="--", label="what it should be")
+    ax.axhline(threshold, color=WARN, ls=":", lw=1.2, label="where its code changes")
+    ax.set(title=title, xlabel="update", ylabel="weight", ylim=(0, 1.6))
+    ax.legend(loc="upper left", ncols=2)
+    return figure
+
+
+def training_chart(before: Mapping, after: Mapping, others: Mapping, title: str) -> Figure:
+    """Accuracy and SQNR by scheme before and after training, and after another's training."""
+    figure, axes = new(1, 2)
+    sides = {"before": (before, FLOAT, "o", 0), "trained by qtools": (after, INT8, "o", 0)}
+    sides["trained by AIMET"] = others, INT4, "D", 0.25
+    for ax, part, label in zip(axes, ("right", "db"), ("test digits right (%)", "SQNR of the logits (dB)")):
+        for row, scheme in enumerate(before):
+            ax.plot([before[scheme][part], after[scheme][part]], [row, row], color=FLOAT, lw=1)
+        for name, (values, color, marker, down) in sides.items():
+            places = [value[part] for value in values.values()]
+            ax.plot(places, down + np.arange(len(places)), color=color, marker=marker, ls="none", label=name)
+        ax.set(xlabel=label, ylabel="bits of weights and activations", yticks=range(len(before)), ylim=(4.6, -0.5))
+        ax.set_yticklabels(list(before))
+    axes[0].legend(loc="upper left")
+    figure.suptitle(title, weight="bold", x=0.01, ha="left")
+    return figure
+
+
+def parts_chart(panels: Mapping[str, Mapping[str, float]], title: str, label: str) -> Figure:
+    """Panels of bars that lie, one a name, the number at its end; the last bar, of everything, in another color."""
+    figure, axes = new(1, len(panels))
+    for ax, (panel, values) in zip(axes, panels.items()):
+        colors = [FLOAT] + [INT8] * (len(values) - 2) + [INT4]
+        ax.barh(range(len(values)), list(values.values()), color=colors)
+        for row, value in enumerate(values.values()):
+            ax.text(value + 1, row, f"{value:.0f}", va="center")
+        ax.set(xlabel=label, xlim=(0, 112), xticks=range(0, 101, 20), ylim=(len(values) - 0.4, -0.6))
+        ax.set_yticks(range(len(values)), list(values))
+        ax.set_ylabel("what is done")
+        ax.set_title(panel, fontsize=10, weight="normal")
+    figure.suptitle(title, weight="bold", x=0.01, ha="left")
+    return figure
+
+
+def spread_chart(
+    panels: Mapping[str, Mapping[str, tuple]], title: str, label: str, unit: str, before: Mapping[str, float] = {}
+) -> Figure:
+    """Panels of curves on a logarithmic axis, each of places, means and deviations; and a line before training."""
+    figure, axes = new(1, len(panels))
+    for ax, (name, curves) in zip(axes, panels.items()):
+        for (curve, (places, means, spread)), color in zip(curves.items(), (INT8, WARN, INT4)):
+            ax.errorbar(places, means, yerr=spread, color=color, marker="o", ms=5, capsize=3, label=curve)
+        marks = sorted({place for places, _, _ in curves.values() for place in places})
+        ax.set(xscale="log", xlabel=label, ylabel=unit)
+        ax.set_xticks(marks, [f"{mark:g}" for mark in marks])
+        ax.minorticks_off()
+        if name in before:
+            ax.axhline(before[name], color=FLOAT, ls="--", lw=1.2, label="not trained")
+        ax.set_ylim(bottom=min(ax.get_ylim()[0], ax.get_ylim()[1] - 3))  # small differences are to look small
+        ax.set_title(name, fontsize=10, weight="normal")
+    if len(curves) > 1 or before:
+        axes[0].legend(loc="lower center")
+    figure.suptitle(title, weight="bold", x=0.01, ha="left")
+    return figure
+
+
+def training_path(figure: Figure, path: Mapping[str, Sequence], edges: np.ndarray, bits: int, at: int) -> None:
+    """One moment of a training: where the weights lie between the codes, and how far the network has come."""
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    ends = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    left.stairs(path["histogram"][0], edges, color=FLOAT, label="before training")
+    left.stairs(path["histogram"][at], edges, color=INT4, fill=True, alpha=0.6, label="now")
+    for code in range(ends[0], ends[1] + 1):
+        left.axvline(code, color=INT8, lw=0.7, ls=":")
+    left.set(xlabel="weights of one layer (steps; dotted: the codes)", ylabel="weights")
+    left.set(xlim=(max(ends[0] - 2, edges[0]), min(ends[1] + 2, edges[-1])))
+    left.legend(loc="upper left")
+    epochs = np.linspace(0, 5, len(path["right"]))
+    right.plot(epochs, path["right"], color=INT8)
+    right.plot(epochs[at], path["right"][at], "o", color="black", ms=8)
+    right.set(xlabel="epoch", ylabel="test digits right (%)", ylim=(0, 103))
+    right.grid(alpha=0.3)
+    left.set_title(f"{bits} bits, epoch {epochs[at]:.2f}: {path['changed'][at]:.1f} % of the network's codes changed")
+
+
 # -- the roofline -----------------------------------------------------------------------------------------------------
 
 
@@ -552,3 +662,415 @@ def under_a_roof(figure: Figure, ops: np.ndarray, moved: np.ndarray, peak: float
         ax.scatter(*place, s=30 + 600 * took[chosen] / took.sum(), color=color, alpha=0.5)
     share = 100 * took[waits].sum() / took.sum()
     ax.set(title=f"{name}: {1e3 * took.sum():.3g} ms, {share:.0f} % of it bound by memory", ylim=(0.02, 200))
+
+
+# -- mixed precision --------------------------------------------------------------------------------------------------
+
+_OF_WIDTH = {4: INT4, 8: INT8, 16: INT16}
+_MARGINS = {"left": 0.1, "right": 0.98, "top": 0.93, "bottom": 0.11}
+
+
+def sensitivity_chart(
+    names: Sequence[str], losses: Mapping[int, np.ndarray], errors: Mapping[int, np.ndarray], title: str, label: str
+) -> Figure:  # fmt: skip
+    """What each tensor loses by each width, with two standard errors to either side (above only, from 0 on)."""
+    figure, ax = new(size=(8, 0.28 * len(names) + 1.4))
+    rows = np.arange(len(names))
+    for bits, values in losses.items():
+        reach = 2 * errors[bits]
+        low = np.where(values > reach, values - reach, values)
+        ax.hlines(rows, low, values + reach, color=_OF_WIDTH[bits], lw=1.2)
+        ax.plot(values, rows, "o", color=_OF_WIDTH[bits], ms=5, label=f"{bits} bits")
+    ax.set_yticks(rows, names)
+    ax.set(title=title, xscale="log", xlabel=label, ylabel="tensor", ylim=(len(names) - 0.4, -0.6))
+    ax.legend(loc="center left", bbox_to_anchor=(0, 0.25))
+    ax.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def adding_chart(panels: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str) -> Figure:
+    """Tensors rounded one after another: the sum of what each costs alone, and what they cost together."""
+    figure, axes = new(1, len(panels), size=(10, 4.4))
+    for ax, (label, (alone, together)) in zip(axes, panels.items(), strict=True):
+        counts = np.arange(1, len(alone) + 1)
+        ax.plot(counts, np.cumsum(alone), color=FLOAT, ls="--", marker="o", ms=3, label="each alone, added up")
+        ax.plot(counts, together, color=INT8, marker="o", ms=4, label="measured together")
+        ax.set(xlabel="tensors rounded to 8 bits, the most sensitive last", ylabel=label, xticks=counts[1::4])
+        ax.legend(loc="upper left")
+    figure.suptitle(title, weight="bold", x=0.01, ha="left")
+    return figure
+
+
+def shares_chart(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], reference: float, title: str) -> Figure:
+    """What is misread against the share of the tensors that stay wide, the worst first; the article's 20 % marked."""
+    figure, ax = new()
+    ax.axhline(100 - reference, color=FLOAT, ls=":", lw=1.2)
+    ax.text(100, 0.97 * (100 - reference), "float", color=FLOAT, ha="right", va="top")
+    ax.axvline(20, color=WARN, ls="--", lw=1.2)
+    for (name, (share, right)), color, marker in zip(curves.items(), (INT8, HTP, INT4, INT16), "o^sD"):
+        ax.plot(share, 100 - right, color=color, marker=marker, ms=5, label=name)
+    ax.set(title=title, xlabel="tensors at 16 bits, the most sensitive first (%)", ylabel="misread (%)", yscale="log")
+    ax.set_yticks(marks := (1, 2, 5, 10, 20, 50), [str(mark) for mark in marks])
+    ax.minorticks_off()
+    ax.set_ylim(bottom=0.7)
+    ax.text(20.8, 30, "the article's 20 %", color=WARN)
+    ax.legend(loc="upper right")
+    return figure
+
+
+def front_chart(
+    panels: Mapping[str, Mapping[str, np.ndarray]], title: str, label: str, stairs: bool = True
+) -> Figure:  # fmt: skip
+    """Loss against cost, one panel a cost: the best (as stairs), a greedy choice, shares kept wide, and one more."""
+    figure, axes = new(1, len(panels), size=(10 if len(panels) > 1 else 8, 4.6), sharey=True)
+    looks = (INT8, "-" if stairs else "", "o", 4), (HTP, "", "o", 9), (INT4, "", "s", 6), (WARN, "", "D", 8)
+    for ax, (cost, series) in zip(np.atleast_1d(axes), panels.items(), strict=True):
+        for (name, points), (color, line, marker, size) in zip(series.items(), looks):
+            ring = {"mfc": "none", "mew": 1.6} if size == 9 else {}
+            x, y = np.asarray(points).T
+            ax.plot(x, y, marker, ls=line, color=color, ms=size, drawstyle="steps-post", label=name, **ring)
+        ax.set(yscale="log", xlabel=cost)
+        ax.set_ylabel(label, visible=ax is np.atleast_1d(axes)[0])
+    np.atleast_1d(axes)[0].legend(loc="upper right")
+    figure.suptitle(title, weight="bold", x=0.01, ha="left")
+    return figure
+
+
+def widths(
+    figure: Figure, names: Sequence[str], types: Mapping[str, int], front: np.ndarray, here: tuple[float, float],
+    title: str,
+) -> None:  # fmt: skip
+    """Tensors in the colour of their width, over the front of cost and loss with one point marked."""
+    top, ax = figure.subplots(2, 1, height_ratios=(1, 2.6), gridspec_kw={"hspace": 0.95} | _MARGINS)
+    bits = [types[name] for name in names]
+    top.bar(range(len(names)), bits, color=[_OF_WIDTH[width] for width in bits], width=0.9)
+    for place, name in enumerate(names):  # texts are drawn sooner than ticks
+        top.text(place, -1, name, rotation=90, fontsize=8, ha="center", va="top")
+    top.set(title=title, ylabel="bits", xlabel=" ", xticks=(), yticks=(4, 8, 16), ylim=(0, 17))
+    ax.plot(front[:, 0], front[:, 1], color=INT8, marker="o", ms=4)
+    ax.plot(*here, "o", color="black", ms=10)
+    ax.set(yscale="log", xlabel="bytes moved (% of all at 16 bits)", ylabel="noise (share of power)")
+    ax.minorticks_off()
+
+
+# -- tuning -----------------------------------------------------------------------------------------------------------
+
+
+def tiles(ax: Axes, of: Tiling, tensor: Literal["weights", "inputs", "outputs"], color: str) -> None:
+    """The tiles of a tensor; where they overlap it is darker."""
+    places = rectangles(of, tensor)
+    # One collection instead of many patches: it is drawn several times faster.
+    corners = [[(x, y), (x + width, y), (x + width, y + height), (x, y + height)] for y, x, height, width in places]
+    ax.add_collection(PolyCollection(corners, facecolors=to_rgba(color, 0.3), edgecolors=color, linewidths=0.6))
+    height, width = (max(end) for end in zip(*((y + h, x + w) for y, x, h, w in places)))
+    axes = ("input channel", "output channel") if tensor == "weights" else ("column", "row")
+    times = getattr(of.times, tensor)
+    ax.set(xlim=(0, width), ylim=(height, 0), xlabel=axes[0], ylabel=axes[1], aspect="equal")
+    ax.set_title(f"{tensor}: {len(places)} tile{'s' * (len(places) > 1)}, {times:.2f} times")
+
+
+def tiles_chart(of: Tiling, title: str) -> Figure:
+    """Inputs, weights and outputs of one tiling, side by side."""
+    figure, axes = new(1, 3, size=(10, 4.2))
+    for ax, tensor, color in zip(axes, ("inputs", "weights", "outputs"), (INT8, INT4, HTP), strict=True):
+        tiles(ax, of, tensor, color)
+    figure.suptitle(title, weight="bold", x=0.01, ha="left")
+    return figure
+
+
+def sizes_chart(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], marks: Mapping[str, float], title: str,
+    labels: tuple[str, str],
+) -> Figure:  # fmt: skip
+    """Curves over sizes in bytes, both axes logarithmic; upright lines with names at some sizes."""
+    figure, ax = new()
+    looks = {"process": INT8, "runtime": INT4}
+    for (name, (sizes, values)), color in zip(curves.items(), (INT8, INT4, HTP, INT16, WARN, FLOAT)):
+        color = next((tone for word, tone in looks.items() if word in name), color)
+        style = "-" if "copied" not in name else "--"
+        ax.plot(sizes, values, style, color=color, marker="o", ms=4, label=name)
+    for name, size in marks.items():
+        ax.axvline(size, color=FLOAT, ls=":", lw=1)
+        side = "left" if size < max(next(iter(curves.values()))[0]) / 20 else "right"
+        ax.text(size, 1, f" {name} ", color=FLOAT, ha=side, va="top", transform=ax.get_xaxis_transform())
+    ax.set(title=title, xscale="log", yscale="log", xlabel=labels[0], ylabel=labels[1])
+    _sizes_axes(ax, curves)
+    ax.legend()
+    return figure
+
+
+def _sizes_axes(ax: Axes, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> None:
+    """Ticks in KB and MB below, and plain numbers at the left where powers of ten would be few."""
+    sizes, values = (np.concatenate(parts) for parts in zip(*curves.values()))
+    places = [4.0**power for power in range(5, 16) if sizes.min() <= 4**power <= sizes.max()]
+    ax.set_xticks(places, [f"{p / 2**20:.0f} MB" if p >= 2**20 else f"{p / 2**10:.0f} KB" for p in places])
+    if values.max() < 100:
+        ticks = [1, 1.5, 2, 3, 5, 10, 20, 50]
+        ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.set_ylim(0.93, max(1.5, 1.15 * values.max()))
+    ax.minorticks_off()
+
+
+def small_vtcm(
+    figure: Figure, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], of: Tiling, vtcm: float
+) -> None:
+    """The tiles of the tensor that travels most, and the traffic of every order of loops over the sizes of VTCM."""
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.25), gridspec_kw={"wspace": 0.3})
+    color, tensor = max(
+        zip((INT8, INT4, HTP), ("inputs", "weights", "outputs")), key=lambda one: getattr(of.times, one[1])
+    )
+    tiles(left, of, tensor, color)
+    once = lower_bound(of.conv).total
+    for (name, (sizes, values)), color, wide in zip(curves.items(), (INT4, INT8, HTP), (6, 4, 1.5)):
+        right.plot(sizes, values, color=color, marker="o", ms=3, lw=wide, label=f"{name} stay")
+    right.plot(vtcm, of.moved.total / once, "o", color="black", ms=10, mfc="none")
+    right.set(xscale="log", yscale="log", xlabel="VTCM", ylabel="bytes moved / all bytes once")
+    right.set_title(f"{of.moved.total / 1e6:.2f} MB travel, {of.moved.total / once:.2f} times what must")
+    _sizes_axes(right, curves)
+    right.legend()
+
+
+def levers_chart(savings: Mapping[str, Mapping[str, float]], title: str, label: str) -> Figure:
+    """Groups of lying bars: one group a lever, one bar a network, the number at its end."""
+    figure, ax = new(size=(8, 5))
+    networks = list(next(iter(savings.values())))
+    width = 0.8 / len(networks)
+    for row, values in enumerate(savings.values()):
+        for index, (network, color) in enumerate(zip(networks, (INT8, INT4, HTP))):
+            place = row + (index - (len(networks) - 1) / 2) * width
+            ax.barh(place, values[network], 0.92 * width, color=color, label=network if not row else None)
+            ax.text(max(values[network], 0) + 0.4, place, f"{values[network]:.1f}", va="center", fontsize=9)
+    ax.set_yticks(range(len(savings)), list(savings))
+    most = max(max(values.values()) for values in savings.values())
+    ax.set(title=title, xlabel=label, ylabel="lever", xlim=(0, 1.12 * most), ylim=(len(savings) - 0.45, -0.55))
+    ax.legend(loc="lower right")
+    return figure
+
+
+def types_chart(
+    labels: Mapping[str, str], only: Mapping[str, tuple[float, float]], gains: Mapping[str, tuple[float, float]],
+    title: str,
+) -> Figure:  # fmt: skip
+    """Kinds of operators, with two standard errors: quality with one alone quantized, and what leaving it out gains."""
+    figure, axes = new(1, 2, size=(10, 0.34 * len(labels) + 1.5), sharey=True)
+    rows = np.arange(len(labels))
+    sides = (only, "SQNR with only this kind at 8 bits (dB)"), (gains, "gained by leaving this kind in float (dB)")
+    for ax, (values, label) in zip(axes, sides, strict=True):
+        means, errors = np.array([values[name] for name in labels]).T
+        ax.barh(rows, means, color=INT8, alpha=0.85)
+        ax.hlines(rows, means - 2 * errors, means + 2 * errors, color="black", lw=1.2)
+        ax.axvline(0, color="black", lw=0.8)
+        ax.set(xlabel=label, ylim=(len(labels) - 0.4, -0.6))
+    axes[0].set_yticks(rows, list(labels.values()))
+    axes[0].set_ylabel("kind (tensors)")
+    axes[1].set_ylabel("kind (tensors)", visible=False)
+    figure.suptitle(title, weight="bold", x=0.01, ha="left")
+    return figure
+
+
+# -- language models --------------------------------------------------------------------------------------------------
+
+
+def floor_chart(
+    floors: Mapping[str, tuple[float, float]], printed: Mapping[str, float], measured: float, title: str
+) -> Figure:
+    """Least milliseconds a token at two bandwidths (bars: impossible), and what an article prints for it (crosses)."""
+    figure, ax = new()
+    for row, (name, (peak, usable)) in enumerate(floors.items()):
+        ax.barh(row, peak, color=WARN, alpha=0.35, label="impossible at the DRAM's peak" if not row else None)
+        ax.barh(row, usable - peak, left=peak, color=WARN, alpha=0.15, label=None if row else "impossible at 50 GB/s")
+        ax.text(usable + 1, row, f"{usable:.0f}", va="center", color=WARN)
+        ax.text(peak - 1, row + 0.36, f"{peak:.0f}", va="bottom", ha="right", color=WARN)
+        if name in printed:
+            ax.plot(printed[name], row, "x", color="black", ms=10, mew=2.5, label=None if row else "the article")
+    ax.axvline(measured, color=HTP, ls="--", lw=1.5)
+    ax.text(measured + 1, -0.62, "published by Qualcomm (w4a16)", color=HTP, va="center")
+    ax.set_yticks(range(len(floors)), list(floors))
+    ax.set(title=title, xlabel="milliseconds a token, Llama-2-7B", ylabel="scheme")
+    ax.set_ylim(len(floors) - 0.5, -0.9)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.45, -0.12), ncols=3)
+    return figure
+
+
+def pairs_chart(rows: Mapping[str, tuple[float, float]], title: str, label: str, names: tuple[str, str]) -> Figure:
+    """Two lying bars for each row, with their numbers."""
+    figure, ax = new()
+    for side, (name, color) in enumerate(zip(names, (HTP, INT8))):
+        places = np.arange(len(rows)) + 0.4 * side - 0.2
+        values = [row[side] for row in rows.values()]
+        ax.barh(places, values, 0.36, color=color, label=name)
+        for place, value in zip(places, values):
+            ax.text(value, place, f" {value:.1f}", va="center", fontsize=9)
+    ax.set_yticks(range(len(rows)), list(rows))
+    ax.set(title=title, xlabel=label, ylabel="model and chip", ylim=(len(rows) - 0.5, -0.5))
+    ax.legend(loc="lower right")
+    return figure
+
+
+def widths_chart(panels: Mapping[str, Mapping[str, Mapping[str, float]]], title: str, label: str) -> Figure:
+    """Perplexity over the width of weights, a line for each granularity, one panel a model; a dotted line is float."""
+    figure, axes = new(1, len(panels), size=(10, 4.6))
+    colors = {"tensor": FLOAT, "channel": INT8, "groups of 128": INT4, "groups of 32": HTP}
+    for ax, (model, lines) in zip(np.atleast_1d(axes), panels.items(), strict=True):
+        widths_ = list(dict.fromkeys(width for line in lines.values() for width in line if width != "float"))
+        ax.axhline(lines["float"]["float"], color="black", ls=":", lw=1.2, label="float")
+        for name, line in lines.items():
+            if name != "float":
+                places = [widths_.index(width) for width in line]
+                ax.plot(places, list(line.values()), "o-", color=colors[name], ms=5, label=name)
+                for place, value in zip(places, line.values()):
+                    if value > 1000:
+                        ax.text(place - 0.58, 700, f"{value:.0e} ↑", color=colors[name])
+        ax.set_xticks(range(len(widths_)), [f"{width} bits" for width in widths_])
+        ax.set(title=model, yscale="log", ylim=(9, 1000), xlabel="weights", ylabel=label)
+        ticks = [10, 20, 50, 100, 200, 500, 1000]
+        ax.set_yticks(ticks, [str(tick) for tick in ticks])
+        ax.minorticks_off()
+    np.atleast_1d(axes)[0].legend(loc="upper left")
+    figure.suptitle(title, weight="bold", x=0.01, ha="left")
+    return figure
+
+
+def context_chart(
+    context: np.ndarray, saved: Mapping[str, np.ndarray], wanted: float, longest: int, title: str
+) -> Figure:
+    """What a cache of half the bits saves of a token's time against the context, up to which a model may go."""
+    figure, ax = new()
+    ax.axvspan(longest, context[-1], color=FLOAT, alpha=0.12, lw=0)
+    ax.text(longest * 1.02, 2, "beyond what Llama 2 was trained for", color=FLOAT)
+    ax.axhline(wanted, color=WARN, ls="--", lw=1.2)
+    ax.text(context[0], wanted + 0.4, f"the article: {wanted:.0f} %", color=WARN)
+    for (name, line), color in zip(saved.items(), (INT4, INT8)):
+        ax.plot(context, line, color=color)
+        place = len(context) * 3 // 4
+        ax.text(context[place], line[place] - 1.2, name, color=color)
+    ax.set(title=title, xlabel="context (tokens)", ylabel="saved of a token's time (%)", ylim=(0, None))
+    return figure
+
+
+def attention_chart(maps: Mapping[str, np.ndarray], words: Sequence[str], title: str) -> Figure:
+    """Attention weights (queries, keys) side by side, in one colour scale, with the tokens along the axes."""
+    figure, axes = new(1, len(maps), size=(10, 4.4), sharey=True)
+    for ax, (name, values) in zip(axes, maps.items(), strict=True):
+        shown = ax.imshow(values, cmap="Blues", vmin=0, vmax=1)
+        ax.set_title(name, fontsize=10)
+        ax.set_xticks(range(len(words)), words, rotation=90, fontsize=7)
+        ax.set_yticks(range(len(words)), words, fontsize=7)
+        ax.set_xlabel("looked at")
+        ax.set_ylabel("token", visible=ax is axes[0])
+    bar = figure.colorbar(shown, ax=axes, shrink=0.7)
+    bar.ax.set(ylabel="share of its attention")
+    bar.ax.set_xlabel("0 to 1", labelpad=10)
+    figure.suptitle(title, weight="bold", x=0.01, ha="left")
+    return figure
+
+
+def token_times(
+    figure: Figure, context: np.ndarray, curves: Mapping[str, np.ndarray], here: int, title: str, printed: float
+) -> None:
+    """Milliseconds a token against the context: the floor, the prediction, and a mark at one context."""
+    ax = figure.subplots()
+    for (name, line), color in zip(curves.items(), (WARN, INT8)):
+        ax.plot(context, line, color=color, label=name)
+        ax.plot(here, np.interp(here, context, line), "o", color=color, ms=9)
+    ax.axhline(printed, color="black", ls=":", lw=1.2)
+    ax.text(context[-1], printed, f"the article: {printed:.0f} ms", ha="right", va="bottom")
+    ax.set(title=title, xlabel="context (tokens)", ylabel="milliseconds a token", ylim=(0, 200))
+    ax.legend(loc="upper left")
+
+
+# -- the ledger -------------------------------------------------------------------------------------------------------
+
+_OF_VERDICT = {"holds": HTP, "holds when": INT4, "fails": WARN, "needs a phone": INT8}
+
+
+def verdict_color(verdict: str) -> str:
+    """The colour of a verdict; grey for none."""
+    return _OF_VERDICT.get(verdict, FLOAT)
+
+
+def tiles_of_claims(rows: Mapping[str, Sequence[tuple[str, str, str]]], title: str) -> Figure:
+    """One row a section, one tile a claim: its id, sign and verdict; the sign says what the colour says."""
+    figure, ax = new(size=(8, 0.42 * len(rows) + 1.6))
+    for row, tiles_ in enumerate(rows.values()):
+        for column, (name, sign_, verdict) in enumerate(tiles_):
+            ax.barh(row, 0.94, 0.84, left=column, color=verdict_color(verdict), alpha=0.3)
+            ax.text(column + 0.08, row, f"{sign_}  {name}", va="center", fontsize=11)
+    most = max(len(tiles_) for tiles_ in rows.values())
+    ax.set_yticks(range(len(rows)), list(rows))
+    ax.set(xlim=(0, most), ylim=(len(rows) - 0.5, -0.5), xticks=(), ylabel="section of the article")
+    figure.suptitle(title, weight="bold", x=0.01, ha="left")
+    ax.set_xlabel("its claims, one tile each")
+    seen = {verdict: sign_ for tiles_ in rows.values() for _, sign_, verdict in tiles_}
+    kinds = [verdict for verdict in _OF_VERDICT if verdict in seen]
+    legend = [Patch(color=_OF_VERDICT[kind], alpha=0.3, label=f"{seen[kind]}  {kind}") for kind in kinds]
+    figure.legend(handles=legend, ncols=4, loc="outside lower center")
+    return figure
+
+
+def off_chart(rows: Sequence[tuple[str, float, float]], title: str) -> Figure:
+    """Printed over found on a logarithmic axis, one row a number: name, printed, found; the shaded band is 10 %."""
+    figure, ax = new(size=(8, 0.27 * len(rows) + 1.2))
+    ax.axvspan(1 / 1.1, 1.1, color=HTP, alpha=0.25, lw=0)
+    ax.axvline(1, color="black", lw=1)
+    for row, (_, printed, found) in enumerate(rows):
+        ratio = printed / found
+        near = 1 / 1.1 <= ratio <= 1.1
+        color, marker = (HTP, "o") if near else (WARN, ">") if ratio > 1 else (INT8, "<")
+        ax.plot([1, ratio], [row, row], color=color, lw=1.5)
+        ax.plot(ratio, row, marker, color=color, ms=7)
+        side = {"ha": "left", "x": ratio * 1.35} if ratio >= 1 else {"ha": "right", "x": ratio / 1.35}
+        ax.text(side["x"], row, f"{printed:.3g} : {found:.3g}", va="center", ha=side["ha"], fontsize=8)
+    ends = [printed / found for _, printed, found in rows]
+    ax.set_yticks(range(len(rows)), [name for name, _, _ in rows])
+    figure.suptitle(title, weight="bold", x=0.01, ha="left")
+    ticks = [10.0**power for power in range(-3, 5) if min(ends) / 8 <= 10**power <= max(ends) * 12]
+    ax.set(xscale="log", xlim=(min(ends) / 8, max(ends) * 12), ylim=(len(rows) - 0.4, -0.6))
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.set(xlabel="printed / found (numbers: printed : found; band: within 10 %)", ylabel="claim and quantity")
+    return figure
+
+
+def firmness(rows: Sequence[tuple[str, str, float | None, str]], furthest: float, title: str) -> Figure:
+    """How large a factor on one result turns each verdict: name, verdict, factor (or None), and which result."""
+    figure, ax = new(size=(8, 0.235 * len(rows) + 1.1))
+    for row, (_, verdict, factor, key) in enumerate(rows):
+        color = verdict_color(verdict)
+        if factor is None:
+            ax.plot(furthest, row, "o", color=color, mfc="none", ms=7)
+            ax.text(furthest / 1.2, row, "no factor turns it", va="center", ha="right", fontsize=8, color=FLOAT)
+        else:
+            size = max(factor, 1 / factor)
+            ax.plot([1, size], [row, row], color=color, lw=2.5)
+            ax.plot(size, row, "o", color=color, ms=6)
+            digits = 3 if abs(factor - 1) > 0.01 else 5
+            ax.text(size * 1.12, row, f"{key} × {factor:.{digits}g}", va="center", fontsize=8)
+    ax.axvspan(1, 1.1, color=FLOAT, alpha=0.15, lw=0)
+    ax.set_yticks(range(len(rows)), [name for name, *_ in rows])
+    ticks = [tick for tick in (1, 2, 5, 10, 100, 1000) if tick <= furthest]
+    ax.set(title=title, xscale="log", xlim=(1, 1.3 * furthest), ylim=(len(rows) - 0.4, -0.6))
+    ax.set_xticks(ticks, [f"{tick}" for tick in ticks])
+    ax.minorticks_off()
+    ax.set(xlabel="smallest factor on one result that turns the verdict (grey: within 10 %)", ylabel="claim")
+    return figure
+
+
+def what_if(
+    figure: Figure, words: Sequence[str], spans: Sequence[tuple[float, float, str]], here: float, key: str, title: str
+) -> None:
+    """A claim in words, over the verdicts that it would get if one result were so many times as large."""
+    top, ax = figure.subplots(2, 1, height_ratios=(3.2, 1), gridspec_kw={"hspace": 0.05})
+    top.axis("off")
+    top.set_title(title)
+    for line, text in enumerate(words):
+        top.text(0, 0.97 - 0.077 * line, text, transform=top.transAxes, fontsize=9, va="top")
+    for left, right, verdict in spans:
+        ax.fill_between([left, right], 0, 1, color=verdict_color(verdict), alpha=0.35, lw=0)
+        if right > 1.3 * left:
+            ax.text(np.sqrt(left * right), 0.5, verdict, ha="center", va="center", fontsize=9)
+    ax.axvline(1, color="black", ls=":", lw=1)
+    ax.plot(here, 0.85, "v", color="black", ms=11)
+    ax.set(xscale="log", xlim=(spans[0][0], spans[-1][1]), ylim=(0, 1), yticks=(), ylabel="verdict")
+    ax.set_xticks([0.25, 0.5, 1, 2, 4], ["0.25", "0.5", "1", "2", "4"])
+    ax.minorticks_off()
+    ax.set_xlabel(f"{key}, times what was found")
