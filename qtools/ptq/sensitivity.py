@@ -539,7 +539,7 @@ def proxy(
     walk, rng, found = _Walk(work), np.random.default_rng(0), {}
     reals, spans = walk.outputs(0, {}, feeds), walk.spans()
     weights = {t.name: numpy_helper.to_array(t) for t in network.graph.initializer if t.name in walk.tensors.weights}
-    names = sorted({name for unit in chosen for name in unit}, key=lambda name: spans[name][0])
+    names = sorted({name for unit in chosen for name in unit}, key=lambda name: (spans[name][0], name))
     for name in tqdm(names, "guessing", disable=not progress):
         start, stop = min(spans[name]), walk.behind(spans[name])
         states = walk.to(start)
