@@ -118,8 +118,8 @@ def _convert(args: argparse.Namespace) -> int:
                 raise
             print(f"qtools convert: {_one_line(error)}", file=sys.stderr)
             return 1
-    done.notes += _remarks(args, done)
-    print(summary(done, args.input_network))
+        done.notes += _remarks(args, done)
+        print(summary(done, args.input_network), flush=True)  # a signal that comes now is too late to matter
     return 0
 
 
