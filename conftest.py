@@ -10,6 +10,17 @@ from qtools.npu import htp
 from qtools.zoo.fetch import FetchError, fetch_required
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Layers as small as those of the tests gain nothing from a second thread, and wait for it on a busy computer."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def pytest_configure(config):
     config.qtools_out = tempfile.mkdtemp(prefix="qtools-test-")
     os.environ |= {"QTOOLS_CHECK": "1", "QTOOLS_OUT": config.qtools_out}

@@ -1,6 +1,5 @@
 """The cache against a quantizer written number by number; its bytes counted by hand; texts made with and without it."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +16,7 @@ GRAINS = ("tensor", "token", "channel")
 SOME = settings(max_examples=40, deadline=None)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Layers this small gain nothing from a second thread, and wait for it on a busy computer."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

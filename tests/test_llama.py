@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -40,13 +40,7 @@ def weights_of(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes.items()}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Layers this small gain nothing from a second thread, and wait for it on a busy computer."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -279,7 +273,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "newly scaled positions": (edit(rope_parameters={"rope_type": "yarn"}), "rope_scaling"),
     "biases": (edit(attention_bias=True), "attention_bias"),
     "another activation": (edit(hidden_act="gelu"), "hidden_act"),
-    "no weights": (lambda p: (p / "model.safetensors").unlink(), "model.safetensors"),
+    "no weights": (lambda p: (p / "model.safetensors").unlink(), "no safetensors file"),
     "a pickle": (lambda p: (p / "model.safetensors").rename(p / "pytorch_model.bin"), "pickle"),
     "cut short": (lambda p: (p / "model.safetensors").write_bytes(b"\x08\x00\x00"), "read"),
     "shard missing": (
@@ -287,6 +281,12 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
             json.dumps({"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}})
         ),
         "model-00002-of-00002.safetensors",
+    ),
+    "shard outside": (
+        lambda p: (p / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"model.norm.weight": "../model.safetensors"}})
+        ),
+        "which is no safetensors file beside it",
     ),
     "index without a map": (lambda p: (p / "model.safetensors.index.json").write_text("{}"), "weight_map"),
     "weight missing": (store(model__norm__weight=None), "lacks 1 weights .* model.norm.weight"),

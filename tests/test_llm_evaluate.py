@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -38,13 +38,7 @@ HASH = "10e25b06de4a1bb6210902d9d041e23f39e8ad1360ec4f5769236cf7c0501b72"  # of 
 GRAINS = {"tensor": (-1, -1), "channel": (1, -1), "g32": (1, 32)}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Layers this small gain nothing from a second thread, and wait for it on a busy computer."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

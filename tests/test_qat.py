@@ -7,6 +7,7 @@ import json
 import math
 import operator
 import re
+import runpy
 from functools import cache
 from pathlib import Path
 
@@ -32,13 +33,7 @@ needs_backend = pytest.mark.skipif(not htp.status().available, reason=f"HTP back
 SOME = settings(max_examples=40, deadline=None)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small tensors gain nothing from a second thread, and lose much where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @cache
@@ -656,29 +651,6 @@ def test_what_does_not_fit_is_not_loaded(tmp_path: Path) -> None:
 
 # -- the article's program -------------------------------------------------------------------------------------------
 
-PRINTED = """
-from aimet_torch.quantsim import QuantizationSimModel
-sim = QuantizationSimModel(
-    model=model,
-    dummy_input=torch.randn(1,3,224,224),
-    quant_scheme='tf_enhanced',
-    default_output_bw=8,
-    default_param_bw=8,
-    config_file='qnn_config.json'
-)
-# 校准
-sim.compute_encodings(forward_callback, None)
-# 微调
-optimizer = torch.optim.SGD(sim.model.parameters(), lr=0.001)
-for epoch in range(10):
-    for x, y in train_loader:
-        optimizer.zero_grad()
-        output = sim.model(x)
-        loss = criterion(output, y)
-        loss.backward()
-        optimizer.step()
-"""
-
 
 def test_the_printed_program_runs_with_its_import_changed(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)  # there is no qnn_config.json here
@@ -688,7 +660,8 @@ def test_the_printed_program_runs_with_its_import_changed(tmp_path: Path, monkey
     x, y = torch.randn(8, 3, 224, 224), torch.arange(8) % 2
     names = {"torch": torch, "model": model, "criterion": nn.CrossEntropyLoss(), "train_loader": [(x, y)]}
     names["forward_callback"] = lambda model, _: model(x)
-    program = PRINTED.replace("from aimet_torch.quantsim import", "from qtools.qat import")
+    printed = runpy.run_path(ROOT / "notebooks/article_fragments.py")["QAT"]
+    program = printed.replace("from aimet_torch.quantsim import", "from qtools.qat import")
     exec(program, names)
     sim = names["sim"]
     assert {one.method for one in sim.quantizers.values()} == {"sqnr"}

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,20 +129,25 @@ def repeated(name: str, scheme: str, seeds: int, shift: str = "same", learned: b
     return summary(name, [once(seed) for seed in range(seeds)])
 
 
+def trained(scheme: str, make: Callable[[int], Any], prefix: str = "") -> dict[str, float]:
+    """What is right before and after the training of what `make` gives for three seeds, and how long that takes."""
+    before, after, seconds = [], [], []
+    for seed in range(3):
+        sim = make(seed)
+        before.append(score(sim.model))
+        start = time.process_time()
+        train(sim.model, seed)
+        seconds.append(time.process_time() - start)
+        after.append(score(sim.model))
+    found = summary(f"{prefix}ptq_{scheme}", before) | summary(f"{prefix}qat_{scheme}", after)
+    return found | {f"{prefix}qat_{scheme}_seconds": min(seconds)}
+
+
 def ladder() -> dict[str, float]:
     """Five schemes before and after training, and what the choice of the goal does."""
     values = {}
     for scheme in SCHEMES:
-        before, after, seconds = [], [], []
-        for seed in range(3):
-            sim = simulation(scheme, seed)
-            before.append(score(sim.model))
-            start = time.process_time()
-            train(sim.model, seed)
-            seconds.append(time.process_time() - start)
-            after.append(score(sim.model))
-        values |= summary(f"ptq_{scheme}", before) | summary(f"qat_{scheme}", after)
-        values[f"qat_{scheme}_seconds"] = min(seconds)
+        values |= trained(scheme, partial(simulation, scheme))
     for scheme in SCHEMES:
         values |= repeated(f"logits_{scheme}", scheme, 3, goal="logits")
     values |= repeated("slow_w8a8", "w8a8", 3, rate=0.001)
@@ -360,19 +366,15 @@ def aimet() -> dict[str, float]:
     fold_all_batch_norms(network, (1, 1, 8, 8))
     names = {"min-max": "tf", "sqnr": "tf_enhanced"}
     for scheme, (weight_bits, act_bits, _, act_scheme) in SCHEMES.items():
-        before, after, seconds = [], [], []
-        for seed in range(3):
-            bits = {"default_output_bw": act_bits, "default_param_bw": weight_bits}
-            sim = QuantizationSimModel(network, TRAIN[:1], quant_scheme=names[act_scheme], **bits)
+        bits = {"default_output_bw": act_bits, "default_param_bw": weight_bits}
+
+        def theirs(seed: int, bits: dict = bits, name: str = names[act_scheme]) -> QuantizationSimModel:
+            sim = QuantizationSimModel(network, TRAIN[:1], quant_scheme=name, **bits)
             with torch.no_grad():
                 sim.compute_encodings(lambda model, seed: [model(part) for part in calibration(seed)], seed)
-            before.append(score(sim.model))
-            start = time.process_time()
-            train(sim.model, seed)
-            seconds.append(time.process_time() - start)
-            after.append(score(sim.model))
-        values |= summary(f"aimet_ptq_{scheme}", before) | summary(f"aimet_qat_{scheme}", after)
-        values[f"aimet_qat_{scheme}_seconds"] = min(seconds)
+            return sim
+
+        values |= trained(scheme, theirs, "aimet_")
     return values
 
 

@@ -5,13 +5,14 @@ Whatever is wrong with a file is a `ValueError` of one sentence.  Nothing here r
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from qtools.llm._shards import read_checkpoint
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -22,8 +23,6 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 """The linear layers of a block, in the order in which they run."""
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-_INDEX = "model.safetensors.index.json"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _UNUSED = ".rotary_emb.inv_freq"  # older checkpoints store it; it follows from rope_theta
 _DIGITS = {"smollm": True, "gpt-2": False}  # byte-level BPE of GGUF files: whether each digit stands alone
 _FILLED = 0.9  # of the rows of an embedding; some models fill it up to a round number
@@ -161,25 +160,17 @@ def _open_folder(path: Path) -> _Opened:
     if path.is_file():
         raise ValueError("a checkpoint is a folder of safetensors or a .gguf file; a pickle can run code")
     config = Config.model_validate_json((path / "config.json").read_bytes())
-    if (path / _INDEX).is_file():
-        index = json.loads((path / _INDEX).read_bytes())
-        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
-            raise ValueError(f"{_INDEX} has no weight_map")
-        files = set(index["weight_map"].values())
-    else:
-        files = {"model.safetensors"}
-    if missing := sorted(name for name in files if not (path / name).is_file()):
-        pickled = [file.name for file in path.iterdir() if file.suffix in _PICKLES]
-        what = f"only {pickled[0]}, a pickle, which can run code" if pickled else "it is missing"
-        raise ValueError(f"no {missing[0]}: {what}")
-    opened = [safe_open(path / name, "pt") for name in sorted(files)]
-    where = {name: file for file in opened for name in file.keys() if not name.endswith(_UNUSED)}  # noqa: SIM118
+    stored = {name: one for name, one in read_checkpoint(path)[1].items() if not name.endswith(_UNUSED)}
     if config.tie_word_embeddings:
-        where.pop(HEAD, None)
-    shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in where.items()}
+        stored.pop(HEAD, None)
+
+    def read(name: str) -> Tensor:
+        with safe_open(stored[name].path, "pt") as file:
+            return file.get_tensor(name)
+
     tokenizer = path / "tokenizer.json"
-    read = Tokenizer.from_file(str(tokenizer)) if tokenizer.is_file() else None
-    return config, shapes, lambda name: where[name].get_tensor(name), read
+    known = Tokenizer.from_file(str(tokenizer)) if tokenizer.is_file() else None
+    return config, {name: one.shape for name, one in stored.items()}, read, known
 
 
 def _open_gguf(path: Path) -> _Opened:
